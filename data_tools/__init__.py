@@ -1,0 +1,1 @@
+"""Tools over shards: one file per tool."""

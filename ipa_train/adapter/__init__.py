@@ -1,0 +1,7 @@
+"""The trainable part, in pure torch: projectors, image attention, and the adapter that joins them."""
+
+from ipa_train.adapter.adapter import IPAdapter
+from ipa_train.adapter.projector import LinearProjector, MLPProjector, Projector, Resampler
+from ipa_train.adapter.sites import AttentionSite
+
+__all__ = ["AttentionSite", "IPAdapter", "LinearProjector", "MLPProjector", "Projector", "Resampler"]

@@ -1,8 +1,7 @@
 """Where image attention attaches: one entry for each text cross-attention of a denoiser."""
 
 from dataclasses import dataclass
-
-from torch import nn
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,5 +16,5 @@ class AttentionSite:
     """Width of the keys and values (heads x head width)."""
     context_dim: int
     """Width of the text tokens, and so of the image tokens."""
-    module: nn.Module
-    """The attention: has ``to_q, to_k, to_v, to_out, heads`` and takes another ``processor``."""
+    module: Any
+    """The attention module: has ``to_q, to_k, to_v, to_out, heads`` and takes another ``processor``."""

@@ -7,15 +7,13 @@ the forward after such state is gone, and then returns wrong gradients without a
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from ipa_train.adapter.sites import AttentionSite
-
-PredictionType = Literal["epsilon", "v_prediction"]
+from ipa_train.diffusion.objective import PredictionType
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Streaming from WebDataset shards: exact order, exact resume."""

@@ -4,7 +4,9 @@ Axis letters in shape annotations: ``b`` batch, ``c h w`` image or latent, ``l``
 ``d`` width, ``s`` encoder patches.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -32,14 +34,22 @@ class Batch:
     keys: list[str]
     """``shard/sample`` names, for messages that must name a sample."""
 
+    @property
+    def target_sizes(self) -> Int64[Tensor, "b 2"]:
+        """Height and width of the training pixels."""
+        return torch.tensor(self.pixels.shape[-2:], device=self.pixels.device).expand(len(self), 2)
+
     def __len__(self) -> int:
         return len(self.captions)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch with its tensors on ``device``."""
-        tensors = {k: v.to(device, non_blocking=non_blocking) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory; called by the DataLoader when ``pin_memory`` is on."""
-        return replace(self, **{k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)})
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)

@@ -1,0 +1,1 @@
+"""Generating with an adapter, and measuring what comes out."""

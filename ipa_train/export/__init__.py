@@ -1,0 +1,1 @@
+"""Adapter files in the interchange layout, both ways."""

@@ -1,0 +1,1 @@
+"""Process-level matters: seeds, precision, logging, ranks."""

@@ -11,7 +11,7 @@ import zlib
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
@@ -62,7 +62,7 @@ class Draws:
         """Uniform in 0..high-1, one per sample; ``high`` at most 2**24."""
         return (self.uniform(purpose).double() * high).long()
 
-    def _words(self, purpose: str, count: int) -> tuple[Float[Tensor, "b count"], ...]:
+    def _words(self, purpose: str, count: int) -> tuple[Int64[Tensor, "b count"], ...]:
         p = self.positions[:, None]
         index = torch.arange(count, device=p.device)[None]
         stream = torch.full_like(p, zlib.crc32(purpose.encode()))

@@ -1,0 +1,1 @@
+"""Lightning: the training step, checkpoints, callbacks."""

@@ -1,0 +1,88 @@
+"""Decoupled cross-attention: Z = Attn(Q, K, V) + scale * Attn(Q, K', V') (arXiv 2308.06721, eq. 5).
+
+Q is shared; K, V come from the text tokens through the frozen weights, K', V' from the image tokens through ours.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def linear_in_input_dtype(layer: nn.Linear, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b e"]:
+    """Apply ``layer`` in the precision of ``x``: fp32 master weights serve a bf16 forward without autocast."""
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, layer.weight.to(x.dtype), bias)
+
+
+def split_heads(x: Float[Tensor, "b s d"], num_heads: int) -> Float[Tensor, "b heads s e"]:
+    """Reshape (b, s, heads * e) to (b, heads, s, e)."""
+    return x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2)
+
+
+def merge_heads(x: Float[Tensor, "b heads s e"]) -> Float[Tensor, "b s d"]:
+    """Invert :func:`split_heads`."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class ImageAttention(nn.Module):
+    """The image half of one site: two bias-free projections of the image tokens.
+
+    Initialised as copies of the site's text projections when those are given: random or zero weights lose the warm
+    start that the released adapters had.
+    """
+
+    def __init__(self, *, hidden_dim: int, context_dim: int) -> None:
+        super().__init__()
+        self.to_k_ip = nn.Linear(context_dim, hidden_dim, bias=False)
+        self.to_v_ip = nn.Linear(context_dim, hidden_dim, bias=False)
+
+    @torch.no_grad()
+    def copy_text_weights(self, to_k: nn.Linear, to_v: nn.Linear) -> None:
+        """Start from the text branch: K' = K and V' = V for equal tokens."""
+        self.to_k_ip.weight.copy_(to_k.weight)
+        self.to_v_ip.weight.copy_(to_v.weight)
+
+    def forward(
+        self, query: Float[Tensor, "b heads s e"], image_tokens: Float[Tensor, "b n d"]
+    ) -> Float[Tensor, "b heads s e"]:
+        """Attend from the shared queries to the image tokens, in the precision of the queries."""
+        tokens = image_tokens.to(query.dtype)
+        key = split_heads(linear_in_input_dtype(self.to_k_ip, tokens), query.shape[1])
+        value = split_heads(linear_in_input_dtype(self.to_v_ip, tokens), query.shape[1])
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+class DecoupledCrossAttention:
+    """The text cross-attention of a UNet site with the image half added; takes the place of its ``processor``.
+
+    Not an ``nn.Module``: the adapter owns the weights, and a frozen base that registered them would cast, freeze and
+    save them with its own.
+    """
+
+    def __init__(self, image_attention: ImageAttention) -> None:
+        self.image_attention = image_attention
+        self.scale = 1.0
+        """Weight of the image half (lambda in the paper); 0 skips it, so the base's output is kept bit for bit."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Float[Tensor, "b s d"],
+        encoder_hidden_states: Float[Tensor, "b l c"] | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        ip_hidden_states: Float[Tensor, "b n c"] | None = None,
+    ) -> Float[Tensor, "b s d"]:
+        """Run one attention; the argument names are the caller's (a diffusers ``Attention``)."""
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query = split_heads(attn.to_q(hidden_states), attn.heads)
+        key = split_heads(attn.to_k(context), attn.heads)
+        value = split_heads(attn.to_v(context), attn.heads)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        if ip_hidden_states is not None and self.scale != 0.0:
+            mixed = mixed + self.scale * self.image_attention(query, ip_hidden_states)
+        to_out, dropout = attn.to_out
+        return dropout(to_out(merge_heads(mixed)))

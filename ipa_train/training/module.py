@@ -1,0 +1,99 @@
+"""The training step, the same for every base, variant and objective."""
+
+from collections.abc import Callable, Iterable
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from ipa_train.adapter.adapter import IPAdapter
+from ipa_train.adapter.projector import Projector
+from ipa_train.bases.base import Base, MicroConditioning
+from ipa_train.conditioning.dropout import ConditionDropout, Dropped
+from ipa_train.conditioning.image_encoder import CLIPImageEncoder
+from ipa_train.data.batch import Batch
+from ipa_train.diffusion.objective import Objective
+from ipa_train.diffusion.timesteps import UniformTimesteps
+from ipa_train.runtime.seeding import Draws
+from ipa_train.training.ema import AdapterEMA
+from ipa_train.training.metrics import RunningMeans
+from ipa_train.training.optim import LRSchedule
+
+
+class AdapterTraining(lightning.LightningModule):
+    """A frozen base and image encoder, and the adapter that is trained on them.
+
+    The partials are what YAML leaves open until the models are there: ``projector`` wants the widths of encoder and
+    base, ``objective`` the base's noise schedule, ``optimizer`` the adapter's parameters.
+    """
+
+    def __init__(
+        self,
+        *,
+        base: Base,
+        image_encoder: CLIPImageEncoder,
+        projector: Callable[..., Projector],
+        objective: Callable[..., Objective],
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        timesteps: UniformTimesteps,
+        dropout: ConditionDropout,
+        lr_schedule: LRSchedule,
+        ema: AdapterEMA | None = None,
+        max_grad_norm: float | None = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # checkpoints hold the adapter only
+        self.base, self.image_encoder = base, image_encoder
+        kind = projector.func.feature_kind  # type: ignore[attr-defined]
+        torch.manual_seed(seed)
+        self.adapter = IPAdapter(
+            projector=projector(feature_dim=image_encoder.feature_dim(kind), context_dim=base.context_dim),
+            sites=base.attention_sites(),
+        ).attach(base.attention_sites())
+        self.register_buffer("null_features", image_encoder.null_features(kind), persistent=False)
+        self.objective = objective(prediction_type=base.prediction_type, alphas_cumprod=base.alphas_cumprod)
+        self.timesteps, self.dropout = timesteps, dropout
+        self.make_optimizer, self.lr_schedule = optimizer, lr_schedule
+        self.ema, self.max_grad_norm, self.seed = ema, max_grad_norm, seed
+        self.metrics = RunningMeans()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Eq. 6 of the paper: mean squared error of the denoiser under text and image conditions, each droppable."""
+        draws = Draws(self.seed, batch.positions)
+        dropped = self.dropout.draw(draws)
+        text = self.base.encode_text(dropped.captions(batch.captions))
+        image_features = self.image_encoder.encode(batch.image_prompts, self.adapter.projector.feature_kind)
+        image_tokens = self.adapter(dropped.image_features(image_features, self.null_features))
+
+        posterior = self.base.encode_images(batch.pixels)
+        latents = posterior.sample(draws.normal("posterior", posterior.mean.shape[1:]))
+        noise = self.objective.draw_noise(draws, latents.shape[1:])
+        timesteps = self.timesteps.draw(draws, self.objective.num_timesteps)
+        noisy_latents = self.objective.add_noise(latents, noise, timesteps)
+        micro = MicroConditioning(batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
+
+        prediction = self.base.predict(noisy_latents, timesteps, text, image_tokens, micro)
+        losses = self.objective.losses(prediction, self.objective.target(latents, noise, timesteps), timesteps)
+        self.record(losses.detach(), timesteps, dropped)
+        return losses.mean()
+
+    def record(self, losses: Tensor, timesteps: Tensor, dropped: Dropped) -> None:
+        """Add a micro-batch to the running means: loss, loss by timestep quarter, realised drop rates."""
+        quarters = timesteps * 4 // self.objective.num_timesteps
+        self.metrics.update("train/loss", losses)
+        for quarter in range(4):
+            self.metrics.update(f"train/loss_t{quarter}", losses, where=quarters == quarter)
+        self.metrics.update("data/dropped_text", dropped.text & ~dropped.image)
+        self.metrics.update("data/dropped_image", dropped.image & ~dropped.text)
+        self.metrics.update("data/dropped_both", dropped.text & dropped.image)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer over the adapter alone, and its schedule by optimizer step."""
+        optimizer = self.make_optimizer(self.adapter.parameters())
+        scheduler = self.lr_schedule.build(optimizer, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The adapter alone: what is frozen comes back from its own files."""
+        return {f"adapter.{name}": weight for name, weight in self.adapter.state_dict(*args, **kwargs).items()}

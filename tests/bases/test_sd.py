@@ -1,0 +1,51 @@
+"""Loading, and the same forward as diffusers' own pipeline parts."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from ipa_train.bases import StableDiffusion
+from ipa_train.errors import ConfigError
+
+
+def test_epsilon_and_v_prediction_come_from_the_folder(base, tiny_sd21):
+    assert base.prediction_type == "epsilon"
+    assert StableDiffusion.from_pretrained(str(tiny_sd21[0])).prediction_type == "v_prediction"
+
+
+def test_is_frozen_in_eval_mode_and_in_the_precision_asked_for(tiny_models):
+    base = StableDiffusion.from_pretrained(str(tiny_models[0]), dtype="bfloat16", vae_dtype="float32")
+    base.train()
+    assert not any(m.training for m in base.modules())
+    assert not any(p.requires_grad for p in base.parameters())
+    assert {p.dtype for p in base.unet.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in base.vae.parameters()} == {torch.float32}
+
+
+def test_latents_are_scaled_and_text_is_padded(base):
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    posterior = base.encode_images(pixels)
+    raw = base.vae.encode(pixels.float() / 127.5 - 1).latent_dist
+    torch.testing.assert_close(posterior.mean, raw.mean * base.vae.config.scaling_factor)
+    assert base.encode_text(["", "a house"]).context.shape == (2, 77, 64)
+
+
+def test_wrong_folders_are_refused(tiny_models, tmp_path):
+    with pytest.raises(ConfigError, match=r"no model_index\.json there; give the folder of a diffusers pipeline"):
+        StableDiffusion.from_pretrained(str(tmp_path))
+    shutil.copy(tiny_models[0] / "model_index.json", tmp_path)
+    with pytest.raises(ConfigError, match="cannot load this base"):
+        StableDiffusion.from_pretrained(str(tmp_path))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(ConfigError, match="this is a FluxPipeline, but"):
+        StableDiffusion.from_pretrained(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"dtype='float23' is not a precision\. Did you mean 'float32'"):
+        StableDiffusion.from_pretrained(str(tiny_models[0]), dtype="float23")
+
+
+def test_an_unreachable_hub_id_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match="neither a local folder nor a hub id that can be reached") as error:
+        StableDiffusion.from_pretrained("nobody/nothing")
+    assert "\n" not in str(error.value)

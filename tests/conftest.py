@@ -1,0 +1,45 @@
+"""Shared by all tests: shape checks on, no network, one thread, tiny models built once."""
+
+import os
+
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("ipa_train", "beartype.beartype")
+
+import pytest
+import torch
+
+from ipa_train.bases import StableDiffusion
+from ipa_train.bases.tiny import save_tiny_models
+from ipa_train.conditioning.image_encoder import CLIPImageEncoder
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """Folders of a tiny random SD 1.5 and of a tiny CLIP image encoder."""
+    return save_tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sd21(tmp_path_factory):
+    """Folders of a tiny random SD 2.1 (v-prediction) and of a tiny CLIP image encoder."""
+    return save_tiny_models(tmp_path_factory.mktemp("models21"), "sd21")
+
+
+@pytest.fixture
+def base(tiny_models):
+    """A fresh tiny SD 1.5 in fp32."""
+    return StableDiffusion.from_pretrained(str(tiny_models[0]), dtype="float32")
+
+
+@pytest.fixture
+def image_encoder(tiny_models):
+    """A fresh tiny image encoder in fp32."""
+    return CLIPImageEncoder.from_pretrained(str(tiny_models[1]), dtype="float32")
