@@ -1,6 +1,6 @@
 """The training step, the same for every base, variant and objective."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import lightning
 import torch
@@ -93,6 +93,33 @@ class AdapterTraining(lightning.LightningModule):
         optimizer = self.make_optimizer(self.adapter.parameters())
         scheduler = self.lr_schedule.build(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip by the global norm, kept for logging; gradients are summed over ranks by now, so all ranks agree."""
+        gradients = [p.grad for p in self.adapter.parameters() if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.adapter.parameters(), self.max_grad_norm, self.grad_norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then let the average follow."""
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update(self.adapter.named_parameters())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the average to a checkpoint."""
+        if self.ema is not None:
+            checkpoint["ema"] = self.ema.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the average from a checkpoint, if this run keeps one."""
+        if self.ema is not None and "ema" in checkpoint:
+            self.ema.load_state_dict(checkpoint["ema"])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load what :meth:`state_dict` gave, strictly: an adapter with a hole would train on in silence."""
+        return self.adapter.load_state_dict({name.removeprefix("adapter."): w for name, w in state_dict.items()})
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The adapter alone: what is frozen comes back from its own files."""

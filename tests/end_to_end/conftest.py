@@ -1,0 +1,75 @@
+"""The whole command on tiny models and small real shards."""
+
+import csv
+import io
+import json
+import multiprocessing
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from ipa_train.cli.main import main
+
+
+def write_shards(folder, *, num_shards=3, per_shard=20, size=40):
+    """Small shards in img2dataset's layout, with smooth random pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for shard in range(num_shards):
+        with webdataset.TarWriter(str(folder / f"{shard:05d}.tar")) as writer:
+            for i in range(per_shard):
+                coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+                buffer = io.BytesIO()
+                coarse.resize((size, size + i % 7)).save(buffer, format="JPEG", quality=95)
+                key = f"{shard:05d}{i:04d}"
+                writer.write({"__key__": key, "jpg": buffer.getvalue(), "txt": f"picture {i} of {shard}"})
+        stats = {"count": per_shard, "successes": per_shard}
+        (folder / f"{shard:05d}_stats.json").write_text(json.dumps(stats))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture
+def train_command(tiny_models, shards, tmp_path):
+    """A function from run name and overrides to the arguments of `ipa` for a short fp32 run on the CPU."""
+
+    def command(name, *overrides):
+        return [
+            "train",
+            "experiment=sd15_linear",
+            f"base.path={tiny_models[0]}",
+            "base.dtype=float32",
+            f"image_encoder.path={tiny_models[1]}",
+            "image_encoder.subfolder=''",
+            "image_encoder.dtype=float32",
+            f"data.shards={shards}",
+            "data.resolution=32",
+            "data.global_batch_size=4",
+            "data.num_workers=0",
+            "trainer=cpu",
+            "trainer.log_every_n_steps=1",
+            "logger=csv",
+            f"run.name={tmp_path / name}",
+            *overrides,
+        ]
+
+    return command
+
+
+def forked(arguments):
+    """Start `ipa` in a fork of this process, which has imported everything already."""
+    process = multiprocessing.get_context("fork").Process(target=lambda: main(arguments))
+    process.start()
+    return process
+
+
+def loss_curve(run):
+    """Loss by step, as logged."""
+    with (run / "metrics.csv").open() as file:
+        return {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row.get("train/loss")}

@@ -1,0 +1,63 @@
+"""The same command again goes on exactly where the run stopped, however it stopped."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ipa_train.cli.main import main
+from tests.end_to_end.conftest import forked, loss_curve
+
+
+def adapter_weights(run):
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    return load_file(newest / "adapter.safetensors")
+
+
+@pytest.fixture
+def uninterrupted(train_command, tmp_path):
+    """A run of six steps in one go."""
+    assert main(train_command("whole", "trainer.max_steps=6")) == 0
+    return tmp_path / "whole"
+
+
+def test_resumed_with_other_workers_is_bit_equal(train_command, tmp_path, uninterrupted):
+    for max_steps, workers in ((2, 0), (3, 2), (6, 1)):
+        options = (f"trainer.max_steps={max_steps}", f"data.num_workers={workers}")
+        assert main(train_command("parts", *options)) == 0
+    assert loss_curve(tmp_path / "parts") == loss_curve(uninterrupted)
+    whole, parts = adapter_weights(uninterrupted), adapter_weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_two_processes_equal_one(train_command, tmp_path, uninterrupted):
+    command = train_command("two", "trainer.max_steps=6", "trainer.devices=2", "trainer.strategy=ddp")
+    subprocess.run([sys.executable, "-m", "ipa_train.cli.main", *command], check=True, timeout=300)
+    whole, two = loss_curve(uninterrupted), loss_curve(tmp_path / "two")
+    assert whole.keys() == two.keys()
+    for step, loss in whole.items():
+        assert float(two[step]) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_killed_at_random_moments_it_always_resumes(train_command, tmp_path):
+    """SIGKILL 20 times, during start-up, steps and saves; then the run completes with the right curve."""
+    rng = random.Random(0)
+    options = ("trainer.max_steps=400", "callbacks.checkpointing.every_steps=3")
+    command = train_command("killed", *options)
+    for _ in range(20):
+        process = forked(command)
+        time.sleep(rng.uniform(0.2, 4.0))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        if process.exitcode == 0:
+            break
+    last = forked(train_command("killed", "trainer.max_steps=401"))
+    last.join()
+    assert last.exitcode == 0
+    assert max(loss_curve(tmp_path / "killed")) == 401
