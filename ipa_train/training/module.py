@@ -39,7 +39,6 @@ class AdapterTraining(lightning.LightningModule):
         dropout: ConditionDropout,
         lr_schedule: LRSchedule,
         ema: AdapterEMA | None = None,
-        max_grad_norm: float | None = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -55,7 +54,7 @@ class AdapterTraining(lightning.LightningModule):
         self.objective = objective(prediction_type=base.prediction_type, alphas_cumprod=base.alphas_cumprod)
         self.timesteps, self.dropout = timesteps, dropout
         self.make_optimizer, self.lr_schedule = optimizer, lr_schedule
-        self.ema, self.max_grad_norm, self.seed = ema, max_grad_norm, seed
+        self.ema, self.seed = ema, seed
         self.metrics = RunningMeans()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -93,13 +92,6 @@ class AdapterTraining(lightning.LightningModule):
         optimizer = self.make_optimizer(self.adapter.parameters())
         scheduler = self.lr_schedule.build(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip by the global norm, kept for logging; gradients are summed over ranks by now, so all ranks agree."""
-        gradients = [p.grad for p in self.adapter.parameters() if p.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
-        if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.adapter.parameters(), self.max_grad_norm, self.grad_norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the average follow."""
