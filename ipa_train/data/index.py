@@ -1,0 +1,239 @@
+"""The index of a set of shards: where every sample lies, so that any of them can be read by number.
+
+    ds/00000.tar  00000_stats.json     img2dataset's output, never modified
+    ds/00000.idx.npy                   one row per complete sample, by offset
+    ds/index.json                      per shard: size and time of the tar, samples, what was left out, sha256 of the rows
+
+Built in parallel, written atomically, and reused while a tar's size and modification time stay the same.
+"""
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from numpy import ndarray
+from tqdm import tqdm
+from webdataset.shardlists import expand_urls
+
+from ipa_train.data import tar
+from ipa_train.errors import ConfigError, DataError
+from ipa_train.runtime.files import atomic_write
+
+VERSION = 1
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+TEXT_SUFFIX = "txt"
+ROW = np.dtype(
+    [
+        ("offset", "<u8"),  # of the sample's first byte in the tar
+        ("length", "<u4"),  # to the end of its last used member
+        ("image_start", "<u4"),  # relative to offset
+        ("image_length", "<u4"),
+        ("text_start", "<u4"),
+        ("text_length", "<u4"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What index.json says of one shard."""
+
+    tar_bytes: int
+    tar_mtime_ns: int
+    num_samples: int
+    num_incomplete: int
+    """Samples without an image or without a caption; they are left out."""
+    rows_sha256: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An indexed shard."""
+
+    path: Path
+    rows_path: Path
+    entry: ShardEntry
+
+    @property
+    def name(self) -> str:
+        """Base name of the tar."""
+        return self.path.name
+
+    def rows(self) -> ndarray:
+        """The rows, mapped into memory rather than read."""
+        return np.load(self.rows_path, mmap_mode="r", allow_pickle=False)
+
+
+@dataclass(frozen=True)
+class Index:
+    """All shards of a run, in the order they were named."""
+
+    shards: tuple[Shard, ...]
+
+    @cached_property
+    def counts(self) -> ndarray:
+        """Samples of each shard, int64."""
+        return np.array([shard.entry.num_samples for shard in self.shards], dtype=np.int64)
+
+    @cached_property
+    def index_id(self) -> str:
+        """Identity of the data: names, sizes and contents of the rows, in order."""
+        facts = [(s.name, s.entry.num_samples, s.entry.rows_sha256) for s in self.shards]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def find_shards(spec: str | Sequence[str]) -> list[Path]:
+    """Expand ``/data/{00000..00010}.tar``, a glob, a folder, or a list of these into existing tars, sorted per item.
+
+    Raises:
+        ConfigError: nothing matches, a shard is missing or named twice, or the source is no local file.
+    """
+    items = [spec] if isinstance(spec, str) else list(spec)
+    found: list[Path] = []
+    for item in items:
+        if "://" in item or item.startswith("pipe:"):
+            raise ConfigError(f"data.shards={item}: only local files can be read so far; copy the shards to disk.")
+        if Path(item).is_dir():
+            matches = sorted(Path(item).glob("*.tar"))
+        elif "{" in item:
+            matches = [Path(name) for name in expand_urls(item)]
+        else:
+            matches = [Path(name) for name in sorted(glob.glob(item))] or ([Path(item)] if "*" not in item else [])
+        if not matches:
+            raise ConfigError(f"data.shards={item}: no .tar file matches; give a folder, a glob or {{00000..00010}}.tar.")
+        missing = [path for path in matches if not path.is_file()]
+        if missing:
+            raise ConfigError(f"data.shards={item}: {len(missing)} of {len(matches)} shards missing, first {missing[0]}.")
+        found += matches
+    twice = [path for path in set(found) if found.count(path) > 1] if len(set(found)) < len(found) else []
+    if twice:
+        raise ConfigError(f"data.shards names {twice[0]} more than once.")
+    return found
+
+
+def build_index(
+    spec: str | Sequence[str],
+    *,
+    index_dir: Path | None = None,
+    allow_missing_stats: bool = False,
+    max_member_bytes: int = 64 * 2**20,
+    num_workers: int | None = None,
+) -> Index:
+    """Index all shards of ``spec``, reusing what is up to date; the index goes beside the tars, or into ``index_dir``.
+
+    Raises:
+        ConfigError: see :func:`find_shards`; or no folder to write to.
+        DataError: a shard is damaged, unfinished or empty; names it and the cure.
+    """
+    paths = find_shards(spec)
+    folders = {path.parent: index_dir or path.parent for path in paths}
+    known = {folder: _read_entries(folder) for folder in set(folders.values())}
+    shards: dict[Path, Shard] = {}
+    stale = []
+    for path in paths:
+        folder = folders[path.parent]
+        rows_path = folder / f"{_name(path, shared=index_dir is not None)}.idx.npy"
+        stat = path.stat()
+        entry = known[folder].get(rows_path.name)
+        if entry and (entry.tar_bytes, entry.tar_mtime_ns) == (stat.st_size, stat.st_mtime_ns) and rows_path.exists():
+            shards[path] = Shard(path, rows_path, entry)
+        else:
+            stale.append((path, rows_path))
+    if stale:
+        for folder in set(folders.values()):
+            _check_writable(folder)
+        task = partial(_index_shard, allow_missing_stats=allow_missing_stats, max_member_bytes=max_member_bytes)
+        shards |= {shard.path: shard for shard in _run(task, stale, num_workers)}
+        for folder in set(folders.values()):
+            fresh = {s.rows_path.name: s.entry for s in shards.values() if s.rows_path.parent == folder}
+            _write_entries(folder, known[folder] | fresh)
+    return Index(tuple(shards[path] for path in paths))
+
+
+def _run(task: partial[Shard], stale: list[tuple[Path, Path]], num_workers: int | None) -> list[Shard]:
+    workers = min(num_workers or os.cpu_count() or 1, len(stale))
+    bar = partial(tqdm, total=len(stale), desc="index", unit="shard", disable=len(stale) < 8)
+    if workers == 1 or len(stale) < 8:
+        return list(bar(map(task, stale)))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(bar(pool.map(task, stale, chunksize=4)))
+
+
+def _index_shard(paths: tuple[Path, Path], *, allow_missing_stats: bool, max_member_bytes: int) -> Shard:
+    path, rows_path = paths
+    stats = path.with_name(f"{path.stem}_stats.json")
+    if not allow_missing_stats and not stats.exists():
+        raise DataError(
+            f"{path}: no {stats.name} beside it, which img2dataset writes when a shard is complete; download the shard "
+            "again, or set data.allow_missing_stats=true for shards of another writer."
+        )
+    stat = path.stat()
+    rows, num_incomplete = _scan(path, max_member_bytes)
+    if not len(rows):
+        raise DataError(f"{path}: no sample with both an image ({'/'.join(IMAGE_SUFFIXES)}) and a .txt caption.")
+    with atomic_write(rows_path) as temporary, temporary.open("wb") as file:
+        np.save(file, rows)
+    digest = hashlib.sha256(rows.tobytes()).hexdigest()
+    return Shard(
+        path, rows_path, ShardEntry(stat.st_size, stat.st_mtime_ns, len(rows), num_incomplete, digest)
+    )
+
+
+def _scan(path: Path, max_member_bytes: int) -> tuple[ndarray, int]:
+    """The rows of all complete samples, and the number of incomplete ones."""
+    samples: dict[str, dict[str, tar.Member]] = {}
+    last = ""
+    for member in tar.walk(path, max_member_bytes=max_member_bytes):
+        key, _, suffix = member.name.partition(".")
+        kind = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
+        if key in samples and (key != last or kind in samples[key]):
+            raise DataError(f"{path}: the key {key!r} appears twice; keys must be unique in a shard.")
+        samples.setdefault(key, {})[kind] = member
+        last = key
+    rows = []
+    for members in samples.values():
+        if "image" in members and TEXT_SUFFIX in members:
+            image, text = members["image"], members[TEXT_SUFFIX]
+            offset = min(image.start, text.start)
+            end = max(image.data_offset + image.size, text.data_offset + text.size)
+            start_of_image, start_of_text = image.data_offset - offset, text.data_offset - offset
+            rows.append((offset, end - offset, start_of_image, image.size, start_of_text, text.size))
+    return np.array(rows, dtype=ROW), len(samples) - len(rows)
+
+
+def _name(path: Path, *, shared: bool) -> str:
+    """Name of a shard's rows; in a folder shared by several sources it tells them apart."""
+    return f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}" if shared else path.stem
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ConfigError(f"cannot write the index to {folder}: set data.index_dir to a folder that can be written.")
+
+
+def _read_entries(folder: Path) -> dict[str, ShardEntry]:
+    """The entries of an index.json; none if there is no readable one of this version: it is only a cache."""
+    try:
+        content = json.loads((folder / "index.json").read_text())
+        return {name: ShardEntry(**entry) for name, entry in content["shards"].items()} if content["version"] == VERSION else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _write_entries(folder: Path, entries: dict[str, ShardEntry]) -> None:
+    content = {"version": VERSION, "shards": {name: asdict(entry) for name, entry in sorted(entries.items())}}
+    with atomic_write(folder / "index.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
