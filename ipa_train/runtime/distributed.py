@@ -29,7 +29,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def gather_objects(value: Any) -> list[Any]:  # noqa: ANN401 - whatever pickles
+def gather_objects(value: Any) -> list[Any]:
     """Return every rank's ``value``, by rank. For rare events: it waits for all ranks and for the host."""
     if not is_distributed():
         return [value]

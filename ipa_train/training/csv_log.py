@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
-from lightning.fabric.utilities import rank_zero_only
 
+from ipa_train.runtime.distributed import rank
 from ipa_train.runtime.files import atomic_write
 
 
@@ -29,13 +29,13 @@ class CSVLog(Logger):
         """There are no versions: a run has one file."""
         return ""
 
-    @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: object, **kwargs: object) -> None:
         """Do nothing: the resolved config is in the run directory."""
 
-    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append one row."""
+        """Append one row; rank 0 does, for all."""
+        if rank():
+            return
         row = {"step": step, **metrics}
         if new := [name for name in row if name not in self._columns]:
             rows = self._read()
@@ -45,9 +45,10 @@ class CSVLog(Logger):
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns).writerow(row)
 
-    @rank_zero_only
     def resume(self, step: int) -> None:
         """Keep the rows up to and including ``step``: what comes after will be measured again."""
+        if rank():
+            return
         self._write([row for row in self._read() if int(row["step"]) <= step])
 
     def _read(self) -> list[dict[str, str]]:

@@ -25,15 +25,14 @@ class Throughput:
 
     def start(self, trainer: Trainer) -> None:
         """Begin to measure; the user's own profiler goes on as before."""
-        # The attribute is public but set by a function of Lightning's, where type checkers do not see it.
-        self._profiler = trainer.profiler  # type: ignore[attr-defined]
-        trainer.profiler = _FetchTimer(self, self._profiler)  # type: ignore[attr-defined]
+        self._profiler = trainer.profiler
+        trainer.profiler = _FetchTimer(self, self._profiler)
         self._since = time.perf_counter()
 
     def stop(self, trainer: Trainer) -> None:
         """Give the trainer its profiler back, if it was taken."""
         if self._profiler is not None:
-            trainer.profiler = self._profiler  # type: ignore[attr-defined]
+            trainer.profiler = self._profiler
             self._profiler = None
 
     def count(self, num_images: int) -> None:

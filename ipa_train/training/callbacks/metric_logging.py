@@ -8,7 +8,6 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Optimizer
 
 from ipa_train.data.batch import Batch
-from ipa_train.errors import ConfigError
 from ipa_train.runtime.distributed import sum_over_ranks
 from ipa_train.training.csv_log import CSVLog
 from ipa_train.training.metrics import RunningMeans
@@ -19,15 +18,12 @@ from ipa_train.training.throughput import Throughput, peak_memory_gib
 class MetricLogging(Callback):
     """Send ``module.metrics``, learning rate, throughput, data wait and peak memory to all loggers and the console.
 
-    Every ``every_steps`` optimizer steps and at the last one, with a single all-reduce. Means are over all samples of
+    Every ``trainer.log_every_n_steps`` optimizer steps and at the last one, with a single all-reduce. Means are over all samples of
     all ranks since the last time; ``perf/peak_memory_gib`` is the mean over ranks. ``progress``: see
     :class:`~ipa_train.training.status_line.StatusLine`.
     """
 
-    def __init__(self, *, every_steps: int = 50, progress: bool | None = None) -> None:
-        if every_steps < 1:
-            raise ConfigError(f"callbacks.metric_logging.every_steps is {every_steps}: it must be 1 or more")
-        self.every_steps = every_steps
+    def __init__(self, *, progress: bool | None = None) -> None:
         self._throughput = Throughput()
         self._status = StatusLine(progress=progress)
         self._shown_step = 0
@@ -54,7 +50,7 @@ class MetricLogging(Callback):
         self._throughput.count(len(batch))
         if trainer.is_global_zero:
             self._status.advance(step)
-        if step != self._shown_step and (step % self.every_steps == 0 or step == trainer.max_steps):
+        if step != self._shown_step and (step % trainer.log_every_n_steps == 0 or step == trainer.max_steps):
             self._shown_step = step
             self._log(trainer, pl_module)
 
@@ -67,7 +63,7 @@ class MetricLogging(Callback):
         num_images, seconds, waited_seconds = self._throughput.take()
         means = cast(RunningMeans, module.metrics)
         # As a mean per rank: the sum of all images over the mean of the ranks' seconds.
-        means.add("perf/images_per_second", num_images * trainer.world_size, seconds)
+        means.add("perf/images_per_second", float(num_images * trainer.world_size), seconds)
         means.add("perf/data_wait_fraction", waited_seconds, seconds)
         means.add("perf/peak_memory_gib", peak_memory_gib(module.device))
         metrics = means.compute_and_reset(sum_over_ranks)
