@@ -191,8 +191,11 @@ def _write_state(folder: Path, checkpoint: dict[str, Any]) -> None:
     try:  # Better to hear of a value that cannot be read again now than at the resume; mmap leaves the tensors unread.
         torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(f"a callback, module or data module keeps more than plain values: {reason}") from error
+        kind = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"the state to save holds a {kind[1] if kind else 'value'} that could not be read again without "
+            "unpickling: callbacks, modules and data modules must keep to str, int, float, list, dict and tensors"
+        ) from error
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

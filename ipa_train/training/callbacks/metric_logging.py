@@ -18,9 +18,9 @@ from ipa_train.training.throughput import Throughput, peak_memory_gib
 class MetricLogging(Callback):
     """Send ``module.metrics``, learning rate, throughput, data wait and peak memory to all loggers and the console.
 
-    Every ``trainer.log_every_n_steps`` optimizer steps and at the last one, with a single all-reduce. Means are over all samples of
-    all ranks since the last time; ``perf/peak_memory_gib`` is the mean over ranks. ``progress``: see
-    :class:`~ipa_train.training.status_line.StatusLine`.
+    Every ``trainer.log_every_n_steps`` optimizer steps and at the last one, with a single all-reduce. Means are over
+    all samples of all ranks since the last time; ``perf/peak_memory_gib`` is the mean over ranks. ``progress``: a bar
+    (true), lines (false), or a bar if stderr is a terminal (null).
     """
 
     def __init__(self, *, progress: bool | None = None) -> None:
