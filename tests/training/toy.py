@@ -15,14 +15,15 @@ from ipa_train.training.optim import LRSchedule
 class Images(Dataset):
     """Endless enough; sample ``i`` is the same in every process. ``poison``: positions whose loss is not finite."""
 
-    def __init__(self, batch_size=4, poison=(), length=100_000):
+    def __init__(self, batch_size=4, poison=(), length=100_000, rank=0, world_size=1):
         self.batch_size, self.poison, self.length = batch_size, set(poison), length
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, index):
-        positions = torch.arange(self.batch_size) + index * self.batch_size
+        positions = torch.arange(self.batch_size) + (index * self.world_size + self.rank) * self.batch_size
         pixels = torch.stack([torch.full((3, 2, 2), int(p) * 37 % 256, dtype=torch.uint8) for p in positions])
         zeros = torch.zeros(self.batch_size, 2, dtype=torch.int64)
         captions = ["poison" if int(p) in self.poison else "good" for p in positions]
