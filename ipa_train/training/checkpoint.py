@@ -114,7 +114,10 @@ def step_of(path: Path) -> int:
     """Return the step that a checkpoint's name says; raise CheckpointError for any other name."""
     match = _NAME.fullmatch(path.name)
     if match is None:
-        raise CheckpointError(f"{path} is no name for a checkpoint: they are folders such as step-00001000")
+        raise CheckpointError(
+            f"{path} is no name for a checkpoint: they are folders such as step-00001000, made by the "
+            "Checkpointing callback alone"
+        )
     return int(match[1])
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
-from toy import Images, ToyTraining, make_trainer
+from toy import Images, Stream, ToyTraining, make_trainer
 
 from ipa_train.errors import CheckpointError, ConfigError
 from ipa_train.training.callbacks.checkpointing import Checkpointing
@@ -13,21 +13,10 @@ from ipa_train.training.checkpoint import list_checkpoints, newest_valid, verify
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 
 
-class Positions(torch.utils.data.IterableDataset):
-    """Continues at a position, as the real data does."""
-
-    def __init__(self, start):
-        self.start = start
-
-    def __iter__(self):
-        images = Images()
-        return (images[i] for i in range(self.start, 1000))
-
-
 def fit(max_steps, folder, *, start=0, resume=None, callbacks=(), **options):
     module = ToyTraining()
     trainer = make_trainer(max_steps, [*callbacks, Checkpointing(folder=str(folder), every_steps=2)], **options)
-    trainer.fit(module, torch.utils.data.DataLoader(Positions(start), batch_size=None), ckpt_path=resume)
+    trainer.fit(module, torch.utils.data.DataLoader(Stream(start), batch_size=None), ckpt_path=resume)
     return module, trainer
 
 

@@ -3,9 +3,10 @@
 import lightning
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ipa_train.data.batch import Batch
+from ipa_train.training.callbacks.checkpointing import Checkpointing
 from ipa_train.training.checkpoint import AdapterCheckpointIO
 from ipa_train.training.ema import AdapterEMA
 from ipa_train.training.metrics import RunningMeans
@@ -40,6 +41,17 @@ class Images(Dataset):
 
     def loader(self):
         return DataLoader(self, batch_size=None)
+
+
+class Stream(IterableDataset):
+    """The same batches from number ``start`` on, as the real data continue after a resume."""
+
+    def __init__(self, start):
+        self.start = start
+
+    def __iter__(self):
+        images = Images()
+        return (images[i] for i in range(self.start, 1000))
 
 
 class ToyTraining(lightning.LightningModule):
@@ -92,6 +104,7 @@ def make_trainer(max_steps, callbacks=(), **options):
         max_steps=max_steps,
         callbacks=list(callbacks),
         plugins=[AdapterCheckpointIO()],
+        enable_checkpointing=any(isinstance(callback, Checkpointing) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
