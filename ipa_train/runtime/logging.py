@@ -1,6 +1,7 @@
 """The console: one plain line per message, information from rank 0 alone, warnings and errors from every rank."""
 
 import logging
+import re
 import sys
 import warnings
 
@@ -13,7 +14,7 @@ _TALKATIVE = ("lightning", "lightning_fabric", "fsspec", "urllib3", "httpx")
 class _OneLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        return text if record.exc_info else " ".join(text.split())
+        return text if record.exc_info else re.sub(r"\s*\n\s*", " ", text.strip())
 
 
 class _ConsoleHandler(logging.Handler):
