@@ -20,6 +20,10 @@ class CheckpointError(UserError):
     """A run directory or checkpoint that is damaged, foreign or unwritable."""
 
 
+class TrainingError(UserError):
+    """A run that cannot go on, such as one whose gradients stay not finite."""
+
+
 class ExportError(UserError):
     """An adapter file that cannot be read, or that other loaders would not load."""
 

@@ -1,6 +1,7 @@
 """The training step, the same for every base, variant and objective."""
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import lightning
 import torch

@@ -1,0 +1,38 @@
+"""Rank, world and the two collectives that training needs, with or without a process group."""
+
+import os
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+# In the order in which launchers set them: torchrun, Lightning's own launcher, srun.
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+
+
+def is_distributed() -> bool:
+    """Whether a process group of more than one process exists."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """This process's number, known from the environment even before the process group exists."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return next((int(os.environ[name]) for name in _RANK_VARIABLES if name in os.environ), 0)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Return ``values`` summed over all ranks (in place); every rank must call it with the same shape."""
+    if is_distributed():
+        dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return every rank's ``value``, by rank. For rare events: it waits for all ranks and for the host."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,57 @@
+"""The console: one plain line per message, information from rank 0 alone, warnings and errors from every rank."""
+
+import logging
+import re
+import sys
+import warnings
+
+from tqdm import tqdm
+
+# These announce the hardware, tips and every checkpoint read; only their warnings are news.
+_TALKATIVE = ("lightning", "lightning_fabric", "fsspec", "urllib3", "httpx")
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.exc_info else re.sub(r"\s*\n\s*", " ", text.strip())
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
+def setup_logging(*, level: str = "INFO", rank: int = 0) -> None:
+    """Send all logging and warnings to stderr, replacing earlier handlers; callable again at any time.
+
+    ``level`` is a standard level name. Ranks above 0 show warnings and errors only, marked with their number.
+    """
+    threshold = logging.getLevelNamesMapping()[level.upper()]
+    handler = _ConsoleHandler()
+    handler.setLevel(threshold if rank == 0 else max(threshold, logging.WARNING))
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or not record.name.startswith(_TALKATIVE))
+    who = "" if rank == 0 else f"rank {rank} "
+    handler.setFormatter(_OneLine(f"%(asctime)s %(levelname)-7s {who}%(message)s", datefmt="%H:%M:%S"))
+
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(threshold)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        # Lightning gives its own loggers handlers of their own when it is imported, and cuts them off from the root.
+        library = logging.getLogger(name)
+        library.handlers.clear()
+        library.propagate = True
+    logging.captureWarnings(True)
+    warnings.formatwarning = _format_warning
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"{category.__name__}: {message} ({filename}:{lineno})"

@@ -1,0 +1,74 @@
+"""When checkpoints are written, and how many stay."""
+
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+from ipa_train.errors import ConfigError, UserError
+from ipa_train.runtime.distributed import gather_objects
+from ipa_train.training.checkpoint import checkpoint_path, prune
+
+
+class Checkpointing(Checkpoint):
+    """Save into ``folder`` every ``every_steps`` optimizer steps and wherever training ends.
+
+    Keeps the ``keep_last`` newest, and for good those whose step is a multiple of ``keep_every``. A module that has
+    ``write_exports(folder)`` is asked to add its export to each. Saves happen between two steps only; whoever wants one
+    at another moment, such as the handling of a preemption, sets ``trainer.should_stop``. Lightning runs callbacks of
+    this base class after all others, so the state of the others is that of the finished step.
+    """
+
+    def __init__(
+        self, *, folder: str, every_steps: int = 1000, keep_last: int = 3, keep_every: int | None = None
+    ) -> None:
+        if every_steps < 1:
+            raise ConfigError(f"callbacks.checkpointing.every_steps is {every_steps}: it must be 1 or more")
+        if keep_last < 1:
+            raise ConfigError(f"callbacks.checkpointing.keep_last is {keep_last}: it must be 1 or more")
+        if keep_every is not None and (keep_every < 1 or keep_every % every_steps):
+            raise ConfigError(
+                f"callbacks.checkpointing.keep_every is {keep_every}: it must be a multiple of "
+                f"every_steps={every_steps}, or null to keep the last ones only"
+            )
+        self.folder = Path(folder)
+        self.every_steps = every_steps
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self._saved_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the checkpoint that the run resumes from as saved."""
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
+    ) -> None:
+        """Save if this step is due, or the last."""
+        step = trainer.global_step
+        if step % self.every_steps == 0 or step == trainer.max_steps or trainer.should_stop:
+            self._save(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save where the data ended before ``max_steps``."""
+        self._save(trainer, pl_module)
+
+    def _save(self, trainer: Trainer, module: LightningModule) -> None:
+        step = trainer.global_step
+        if step == self._saved_step:  # between the micro-batches of the next step, or already done
+            return
+        failure: UserError | None = None
+        try:
+            path = checkpoint_path(self.folder, step)
+            trainer.save_checkpoint(path, storage_options=getattr(module, "write_exports", None))
+        except UserError as error:
+            failure = error
+            trainer.strategy.barrier()  # the one inside save_checkpoint, where the other ranks are waiting
+        # Only rank 0 writes; the others must stop with it, and not wait for a rank that has given up.
+        failure = gather_objects(failure)[0]
+        if failure is not None:
+            raise failure
+        if trainer.is_global_zero:
+            prune(self.folder, keep_last=self.keep_last, keep_every=self.keep_every)
+        self._saved_step = step

@@ -1,0 +1,74 @@
+"""Everything a run measures, gathered, reduced and shown once per log interval."""
+
+from typing import cast
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch.optim import Optimizer
+
+from ipa_train.data.batch import Batch
+from ipa_train.runtime.distributed import sum_over_ranks
+from ipa_train.training.csv_log import CSVLog
+from ipa_train.training.metrics import RunningMeans
+from ipa_train.training.status_line import StatusLine
+from ipa_train.training.throughput import Throughput, peak_memory_gib
+
+
+class MetricLogging(Callback):
+    """Send ``module.metrics``, learning rate, throughput, data wait and peak memory to all loggers and the console.
+
+    Every ``trainer.log_every_n_steps`` optimizer steps and at the last one, with a single all-reduce. Means are over
+    all samples of all ranks since the last time; ``perf/peak_memory_gib`` is the mean over ranks. ``progress``: a bar
+    (true), lines (false), or a bar if stderr is a terminal (null).
+    """
+
+    def __init__(self, *, progress: bool | None = None) -> None:
+        self._throughput = Throughput()
+        self._status = StatusLine(progress=progress)
+        self._shown_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clocks; let a resumed CSV file forget the rows that will come again."""
+        self._shown_step = trainer.global_step
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLog):
+                logger.resume(trainer.global_step)
+        if trainer.is_global_zero:
+            self._status.start(trainer.global_step, trainer.max_steps)
+        self._throughput.start(trainer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Note the learning rate before the schedule moves on."""
+        self._lr = optimizer.param_groups[0]["lr"]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count; at the end of an interval reduce, log and show."""
+        step = trainer.global_step
+        self._throughput.count(len(batch))
+        if trainer.is_global_zero:
+            self._status.advance(step)
+        if step != self._shown_step and (step % trainer.log_every_n_steps == 0 or step == trainer.max_steps):
+            self._shown_step = step
+            self._log(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Close the bar, also after an error."""
+        self._status.close()
+        self._throughput.stop(trainer)
+
+    def _log(self, trainer: Trainer, module: LightningModule) -> None:
+        num_images, seconds, waited_seconds = self._throughput.take()
+        means = cast(RunningMeans, module.metrics)
+        # As a mean per rank: the sum of all images over the mean of the ranks' seconds.
+        means.add("perf/images_per_second", float(num_images * trainer.world_size), seconds)
+        means.add("perf/data_wait_fraction", waited_seconds, seconds)
+        means.add("perf/peak_memory_gib", peak_memory_gib(module.device))
+        metrics = means.compute_and_reset(sum_over_ranks)
+        metrics["train/lr"] = self._lr
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step)
+            self._status.show(trainer.global_step, metrics)

@@ -1,0 +1,77 @@
+"""How fast a run is, and how much of its time it waits for data."""
+
+import time
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.profilers import Profiler
+
+_GIB = 2**30
+
+
+class Throughput:
+    """Counts images, seconds, and seconds spent waiting for batches, from one :meth:`take` to the next.
+
+    The wait is the time Lightning spends in ``next()`` of the data loader, which it reports to its profiler and
+    nowhere else. Hooks would not do: between the end of one batch and the start of the next also lie the saving of
+    checkpoints, sample grids and validation.
+    """
+
+    def __init__(self) -> None:
+        self._waited_seconds = 0.0
+        self._num_images = 0
+        self._since = time.perf_counter()
+        self._profiler: Profiler | None = None
+
+    def start(self, trainer: Trainer) -> None:
+        """Begin to measure; the user's own profiler goes on as before."""
+        self._profiler = trainer.profiler
+        trainer.profiler = _FetchTimer(self, self._profiler)
+        self._since = time.perf_counter()
+
+    def stop(self, trainer: Trainer) -> None:
+        """Give the trainer its profiler back, if it was taken."""
+        if self._profiler is not None:
+            trainer.profiler = self._profiler
+            self._profiler = None
+
+    def count(self, num_images: int) -> None:
+        """Count the images of one batch."""
+        self._num_images += num_images
+
+    def waited(self, seconds: float) -> None:
+        """Count time without a batch."""
+        self._waited_seconds += seconds
+
+    def take(self) -> tuple[int, float, float]:
+        """Return (images, seconds, seconds waited) since the last call, for this rank."""
+        now = time.perf_counter()
+        taken = self._num_images, now - self._since, self._waited_seconds
+        self._num_images, self._since, self._waited_seconds = 0, now, 0.0
+        return taken
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the highest memory in use since the start, in GiB: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _GIB
+    import resource  # not on every platform
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB
+
+
+class _FetchTimer(Profiler):
+    def __init__(self, throughput: Throughput, inner: Profiler) -> None:
+        super().__init__()
+        self._throughput = throughput
+        self._inner = inner
+
+    def start(self, action_name: str) -> None:
+        self._inner.start(action_name)
+        if action_name.endswith("train_dataloader_next"):
+            self._began = time.perf_counter()
+
+    def stop(self, action_name: str) -> None:
+        if action_name.endswith("train_dataloader_next"):
+            self._throughput.waited(time.perf_counter() - self._began)
+        self._inner.stop(action_name)

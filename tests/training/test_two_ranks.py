@@ -1,0 +1,92 @@
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toy import Images, ToyTraining, make_trainer
+
+from ipa_train.training.callbacks.gradient_guard import GradientGuard
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """The folder of the run, and what each of two gloo processes saw."""
+    root = tmp_path_factory.mktemp("two_ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        env = os.environ | {
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "TORCHELASTIC_RUN_ID": "test",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+        }
+        command = [sys.executable, str(Path(__file__).with_name("two_ranks.py")), str(root)]
+        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    saw = []
+    for process in processes:
+        output, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+        line = next(line for line in output.splitlines() if line.startswith("SAW "))
+        saw.append(json.loads(line.removeprefix("SAW ")) | {"stderr": errors})
+    return root, saw
+
+
+def test_means_are_over_the_samples_of_all_ranks_in_one_reduction(two_ranks):
+    for saw in two_ranks[1]:
+        assert saw["means"] == {"loss": 3.0, "only_on_one": 5.0}
+        assert saw["num_reductions"] == 1
+        assert saw["gathered"] == [0, 1]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both(two_ranks):
+    root, (first, second) = two_ranks
+    assert first["weights"] == second["weights"]
+    with (root / "run" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert [float(row["train/skipped_steps"]) for row in rows] == [0, 1, 0, 0]
+    assert "step 2 skipped: its gradients were not finite (rank 1: shard/0012" in first["stderr"]
+    assert "skipped" not in second["stderr"]
+
+
+def test_two_ranks_train_like_one_with_the_same_global_batch(two_ranks):
+    module = ToyTraining()
+    make_trainer(4, [GradientGuard()]).fit(module, Images(batch_size=8, poison=[12]).loader())
+    alone = [p.sum().item() for p in module.adapter.parameters()]
+    assert two_ranks[1][0]["weights"] == pytest.approx(alone, abs=1e-5)
+
+
+def test_rank_0_alone_writes_whole_checkpoints(two_ranks):
+    root, saw = two_ranks
+    for one in saw:
+        assert one["checkpoints"] == ["step-00000002", "step-00000004"]
+    assert not list((root / "run" / "checkpoints").glob(".tmp-*"))
+
+
+def test_ranks_that_would_resume_from_different_checkpoints_stop(two_ranks):
+    for saw in two_ranks[1]:
+        assert "would resume from" in saw["other_checkpoint"]
+
+
+def test_a_save_that_fails_on_rank_0_stops_both_with_its_reason(two_ranks):
+    for saw in two_ranks[1]:
+        assert "No space left on device" in saw["full_disk"]
+
+
+def test_too_many_skipped_updates_stop_both_and_name_rank_and_samples(two_ranks):
+    first, second = (saw["not_finite"] for saw in two_ranks[1])
+    assert first == second
+    assert "2 times in a row, at last at step 3" in first
+    assert "rank 0: shard/0016" in first

@@ -1,0 +1,87 @@
+"""Run as two processes: what ranks must decide alike. Each writes what it saw as one JSON line."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from toy import Images, ToyTraining, make_trainer
+
+from ipa_train.errors import CheckpointError, TrainingError
+from ipa_train.runtime.distributed import gather_objects, rank, sum_over_ranks
+from ipa_train.training.callbacks.checkpointing import Checkpointing
+from ipa_train.training.callbacks.gradient_guard import GradientGuard
+from ipa_train.training.callbacks.metric_logging import MetricLogging
+from ipa_train.training.checkpoint import AdapterCheckpointIO, list_checkpoints
+from ipa_train.training.csv_log import CSVLog
+from ipa_train.training.metrics import RunningMeans
+
+
+def fit(folder, max_steps, *, poison=(), module=None, guard=None):
+    module = module or ToyTraining()
+    callbacks = [
+        guard or GradientGuard(),
+        MetricLogging(progress=False),
+        Checkpointing(folder=str(folder / "checkpoints"), every_steps=2),
+    ]
+    trainer = make_trainer(
+        max_steps,
+        callbacks,
+        devices=2,
+        strategy=DDPStrategy(process_group_backend="gloo"),
+        logger=CSVLog(path=str(folder / "metrics.csv")),
+        log_every_n_steps=1,
+    )
+    trainer.fit(module, Images(poison=poison, rank=rank(), world_size=2).loader())
+    return module
+
+
+def error_of(function):
+    try:
+        function()
+    except (CheckpointError, TrainingError) as error:
+        return str(error)
+    return None
+
+
+class FullOnRankZero(ToyTraining):
+    def write_exports(self, folder):
+        raise OSError(28, "No space left on device")
+
+
+def main():
+    logging.basicConfig(level=logging.WARNING)
+    root, saw = Path(sys.argv[1]), {"rank": rank()}
+
+    module = fit(root / "run", 4, poison=[12])  # rank 1, step 2
+    saw["weights"] = [p.sum().item() for p in module.adapter.parameters()]
+    saw["checkpoints"] = [p.name for p in list_checkpoints(root / "run" / "checkpoints")]
+
+    reductions = []
+
+    def reduce(values):
+        reductions.append(values.shape)
+        return sum_over_ranks(values)
+
+    means = RunningMeans()
+    means.update("loss", torch.tensor([1.0]) if rank() == 0 else torch.tensor([2.0, 3.0, 6.0]))
+    means.update("only_on_one", torch.tensor([5.0]), where=torch.tensor([rank() == 1]))
+    means.update("on_none", torch.tensor([5.0]), where=torch.tensor([False]))
+    saw["means"] = means.compute_and_reset(reduce)
+    saw["num_reductions"] = len(reductions)
+    saw["gathered"] = gather_objects(rank())
+
+    newest = root / "run" / "checkpoints" / f"step-0000000{4 - 2 * rank()}"
+    saw["other_checkpoint"] = error_of(lambda: AdapterCheckpointIO().load_checkpoint(newest))
+    saw["full_disk"] = error_of(lambda: fit(root / "full", 4, module=FullOnRankZero()))
+    guard = GradientGuard(max_in_a_row=2)
+    saw["not_finite"] = error_of(lambda: fit(root / "poison", 9, poison=range(8, 999, 9), guard=guard))
+    sys.stdout.write("SAW " + json.dumps(saw) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
