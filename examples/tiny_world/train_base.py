@@ -37,7 +37,14 @@ class Trainer:
     """AdamW with warm-up, cosine decay and clipping, and a progress bar: all that the four stages share."""
 
     def __init__(
-        self, name: str, parameters: Iterable[nn.Parameter], *, steps: int, lr: float, warmup: int = 50, clip: float = 1.0
+        self,
+        name: str,
+        parameters: Iterable[nn.Parameter],
+        *,
+        steps: int,
+        lr: float,
+        warmup: int = 50,
+        clip: float = 1.0,
     ) -> None:
         self.parameters, self.steps, self.lr, self.warmup, self.clip = list(parameters), steps, lr, warmup, clip
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
@@ -146,7 +153,10 @@ def train_unet(
         mean, std = torch.cat(means), torch.cat(stds)
         distinct = list(dict.fromkeys(captions))
         context = torch.cat(
-            [text(models.tokenize(tokenizer, distinct[k : k + 100])).last_hidden_state for k in range(0, len(distinct), 100)]
+            [
+                text(models.tokenize(tokenizer, distinct[k : k + 100])).last_hidden_state
+                for k in range(0, len(distinct), 100)
+            ]
         )
     number = {caption: k for k, caption in enumerate(distinct)}
     caption_ids = torch.tensor([number[caption] for caption in captions[1:]])

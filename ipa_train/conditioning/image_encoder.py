@@ -27,11 +27,12 @@ class CLIPImageEncoder(nn.Module):
 
     def __init__(self, model: CLIPVisionModelWithProjection, *, path: str) -> None:
         super().__init__()
-        self.model = model.requires_grad_(False).eval()
+        self.model = model.requires_grad_(False)
         self.path = path
         self.image_size: int = model.config.image_size
         self.register_buffer("mean", torch.tensor(OPENAI_CLIP_MEAN).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(OPENAI_CLIP_STD).reshape(1, 3, 1, 1), persistent=False)
+        self.eval()
 
     @classmethod
     def from_pretrained(

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ipa_train.data.batch import Batch
-from ipa_train.data.decode import Crop, Decoder
+from ipa_train.data.decode import Decoder
 from ipa_train.data.index import Index, build_index
 from ipa_train.data.pipeline import LoadedBatch, StreamDataset, StreamSampler, count_micro_batches
 from ipa_train.data.plan import Plan
@@ -36,7 +36,7 @@ class StreamingDataModule(lightning.LightningDataModule):
         resolution: int,
         image_prompt_size: int = 224,
         batch_size: int | None = None,
-        crop: Crop = "center",
+        crop: str = "center",
         flip_rate: float = 0.0,
         num_workers: int = 4,
         prefetch_factor: int = 4,
@@ -75,7 +75,7 @@ class StreamingDataModule(lightning.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Index the shards, once per node."""
-        self.index  # noqa: B018
+        _ = self.index
 
     @property
     def index(self) -> Index:
@@ -115,9 +115,7 @@ class StreamingDataModule(lightning.LightningDataModule):
 
     def loader(self, start: int, *, rank: int = 0, world_size: int = 1, workers: int = 0) -> DataLoader[LoadedBatch]:
         """Batches of one rank from position ``start`` on; needs no trainer."""
-        plan = Plan(
-            self.index.counts, seed=self.seed, num_lanes=self.num_lanes, window_size=self.window_size
-        )
+        plan = Plan(self.index.counts, seed=self.seed, num_lanes=self.num_lanes, window_size=self.window_size)
         share = self.global_batch_size // world_size // self.accumulate_grad_batches(world_size)
         sampler = StreamSampler(
             plan,

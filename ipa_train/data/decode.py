@@ -8,7 +8,6 @@ happen on the device.
 
 import io
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import simplejpeg
@@ -21,7 +20,7 @@ from torch import Tensor
 from ipa_train.errors import ConfigError, DataError, did_you_mean
 from ipa_train.runtime.seeding import Draws
 
-Crop = Literal["center", "random"]
+_CROPS = ("center", "random")
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _EXIF_SEARCH_BYTES = 65_536
 
@@ -46,7 +45,7 @@ class Decoder:
         *,
         resolution: int,
         image_prompt_size: int = 224,
-        crop: Crop = "center",
+        crop: str = "center",
         flip_rate: float = 0.0,
         max_pixels: int = 50_000_000,
         seed: int = 0,
@@ -54,8 +53,8 @@ class Decoder:
         if resolution < 8 or resolution % 8:
             near = max(8, round(resolution / 8) * 8)
             raise ConfigError(f"data.resolution={resolution} must be a multiple of 8 (latents are); try {near}.")
-        if crop not in get_args(Crop):
-            raise ConfigError(f"data.crop={crop!r} is not a crop.{did_you_mean(crop, get_args(Crop))}")
+        if crop not in _CROPS:
+            raise ConfigError(f"data.crop={crop!r} is not a crop.{did_you_mean(crop, _CROPS)}")
         if not 0.0 <= flip_rate <= 1.0:
             raise ConfigError(f"data.flip_rate must be between 0 and 1, got {flip_rate}.")
         self.resolution, self.image_prompt_size = resolution, image_prompt_size
@@ -106,7 +105,9 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot decode: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        raise DataError(
+            f"cannot decode: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
 
 
 def resized_size(image: Image.Image, shortest: int) -> tuple[int, int]:

@@ -108,10 +108,14 @@ def find_shards(spec: str | Sequence[str]) -> list[Path]:
         else:
             matches = [Path(name) for name in sorted(glob.glob(item))] or ([Path(item)] if "*" not in item else [])
         if not matches:
-            raise ConfigError(f"data.shards={item}: no .tar file matches; give a folder, a glob or {{00000..00010}}.tar.")
+            raise ConfigError(
+                f"data.shards={item}: no .tar file matches; give a folder, a glob or {{00000..00010}}.tar."
+            )
         missing = [path for path in matches if not path.is_file()]
         if missing:
-            raise ConfigError(f"data.shards={item}: {len(missing)} of {len(matches)} shards missing, first {missing[0]}.")
+            raise ConfigError(
+                f"data.shards={item}: {len(missing)} of {len(matches)} shards missing, first {missing[0]}."
+            )
         found += matches
     twice = [path for path in set(found) if found.count(path) > 1] if len(set(found)) < len(found) else []
     if twice:
@@ -182,9 +186,7 @@ def _index_shard(paths: tuple[Path, Path], *, allow_missing_stats: bool, max_mem
     with atomic_write(rows_path) as temporary, temporary.open("wb") as file:
         np.save(file, rows)
     digest = hashlib.sha256(rows.tobytes()).hexdigest()
-    return Shard(
-        path, rows_path, ShardEntry(stat.st_size, stat.st_mtime_ns, len(rows), num_incomplete, digest)
-    )
+    return Shard(path, rows_path, ShardEntry(stat.st_size, stat.st_mtime_ns, len(rows), num_incomplete, digest))
 
 
 def _scan(path: Path, max_member_bytes: int) -> tuple[ndarray, int]:
@@ -228,7 +230,11 @@ def _read_entries(folder: Path) -> dict[str, ShardEntry]:
     """The entries of an index.json; none if there is no readable one of this version: it is only a cache."""
     try:
         content = json.loads((folder / "index.json").read_text())
-        return {name: ShardEntry(**entry) for name, entry in content["shards"].items()} if content["version"] == VERSION else {}
+        return (
+            {name: ShardEntry(**entry) for name, entry in content["shards"].items()}
+            if content["version"] == VERSION
+            else {}
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

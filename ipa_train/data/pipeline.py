@@ -55,7 +55,7 @@ class ShardReader:
         image = data[where["image_start"] :][: where["image_length"]]
         text = data[where["text_start"] :][: where["text_length"]]
         try:
-            return image, text.decode("utf-8").strip(), self._key(data)
+            return image, text.decode("utf-8").strip(), self._key(data[where["image_start"] - BLOCK :])
         except UnicodeDecodeError as error:
             raise DataError("the caption is not UTF-8") from error
 
@@ -63,7 +63,8 @@ class ShardReader:
         """Name of a sample in its shard, as far as it can still be read."""
         try:
             descriptor, rows = self._shard(shard)
-            return self._key(os.pread(descriptor, BLOCK, int(rows[row]["offset"])))
+            where = rows[row]
+            return self._key(os.pread(descriptor, BLOCK, int(where["offset"]) + int(where["image_start"]) - BLOCK))
         except (OSError, DataError):
             return f"row {row}"
 
@@ -80,8 +81,8 @@ class ShardReader:
         return self._open[shard]
 
     @staticmethod
-    def _key(data: bytes) -> str:
-        return data[:100].split(b"\0", 1)[0].decode(errors="replace").partition(".")[0]
+    def _key(header: bytes) -> str:
+        return header[:100].split(b"\0", 1)[0].decode(errors="replace").partition(".")[0]
 
     def __getstate__(self) -> dict[str, object]:
         return {"index": self.index, "_open": OrderedDict()}  # descriptors do not cross to another process
@@ -101,9 +102,7 @@ class StreamDataset(Dataset[LoadedBatch]):
     def __getitem__(self, positions: np.ndarray) -> LoadedBatch:
         bad: list[BadSample] = []
         _, shards, rows = self.plan.locate(positions)
-        samples = [
-            self._sample(*(int(x) for x in place), bad) for place in zip(positions, shards, rows, strict=True)
-        ]
+        samples = [self._sample(*(int(x) for x in place), bad) for place in zip(positions, shards, rows, strict=True)]
         decoded, captions, keys = zip(*samples, strict=True)
         batch = Batch(
             pixels=torch.stack([d.pixels for d in decoded]),

@@ -77,7 +77,9 @@ def _walk(descriptor: int, path: Path, max_member_bytes: int) -> Iterator[Member
             yield Member(name, start, data, size)
             overrides.clear()
         elif kind not in (_DIRECTORY, _PAX_GLOBAL):
-            raise DataError(f"{path}: the member at byte {position} is a link or special file; shards hold plain files.")
+            raise DataError(
+                f"{path}: the member at byte {position} is a link or special file; shards hold plain files."
+            )
         position = following
         if not overrides:
             start = position

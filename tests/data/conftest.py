@@ -1,0 +1,48 @@
+"""Small real shards in img2dataset's layout."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+
+def picture(seed, *, width=48, height=40):
+    """A smooth random picture."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height))
+
+
+def encode(image, format_="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format=format_, **options)
+    return buffer.getvalue()
+
+
+def write_shard(folder, number, samples):
+    """Write one shard from {key: {suffix: bytes}} and its completion mark."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{number:05d}.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        for key, members in samples.items():
+            writer.write({"__key__": key, **members})
+    (folder / f"{number:05d}_stats.json").write_text(json.dumps({"count": len(samples), "successes": len(samples)}))
+    return path
+
+
+def write_shards(folder, counts=(7, 5, 9)):
+    for number, count in enumerate(counts):
+        samples = {
+            f"{number:05d}{i:04d}": {"jpg": encode(picture(100 * number + i)), "txt": f"picture {i}", "json": b"{}"}
+            for i in range(count)
+        }
+        write_shard(folder, number, samples)
+    return folder
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A folder of three shards of 7, 5 and 9 samples."""
+    return write_shards(tmp_path / "shards")

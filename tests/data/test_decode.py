@@ -1,0 +1,119 @@
+"""Geometry as the reference tools have it, and no picture is half decoded."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+from ipa_train.data.decode import Decoder, decode_image
+from ipa_train.errors import ConfigError, DataError
+from tests.data.conftest import encode
+
+SIZES = [(640, 480), (480, 640), (513, 700), (300, 211), (1001, 333), (224, 224)]
+
+
+def photo(width, height, mode="RGB"):
+    rng = np.random.default_rng(width * height)
+    coarse = Image.fromarray(rng.integers(0, 256, (height // 12, width // 12, 3), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def png(image):
+    return encode(image, "PNG")
+
+
+def levels(a, b):
+    return np.abs(np.asarray(a, np.int64) - np.asarray(b, np.int64))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pixels_are_resize_and_centre_crop(size):
+    image = photo(*size)
+    decoded = Decoder(resolution=256, image_prompt_size=32)(png(image), 0)
+    short = min(size)
+    width, height = (int(256 * side / short) for side in size)
+    left, top = round((width - 256) / 2), round((height - 256) / 2)
+    whole = image.resize((width, height), Image.Resampling.BILINEAR)
+    expected = np.asarray(whole.crop((left, top, left + 256, top + 256))).transpose(2, 0, 1)
+    difference = levels(decoded.pixels, expected)
+    assert difference.mean() < 0.1
+    assert difference.max() <= 2
+    assert decoded.original_size == (size[1], size[0])
+    assert decoded.crop_top_left == (top, left)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_image_prompt_is_clip_image_processor(size):
+    image = photo(*size)
+    decoded = Decoder(resolution=64, image_prompt_size=224)(png(image), 0)
+    processor = CLIPImageProcessorPil(do_normalize=False, do_rescale=False)
+    expected = processor(image, return_tensors="np").pixel_values[0]
+    difference = levels(decoded.image_prompt, expected)
+    assert difference.mean() < 0.1
+    assert difference.max() <= 4
+
+
+def test_random_crop_and_flip_are_keyed_by_position():
+    data = png(photo(300, 200))
+    decoder = Decoder(resolution=64, image_prompt_size=32, crop="random", flip_rate=0.5, seed=3)
+    pictures = [decoder(data, position) for position in range(12)]
+    again = [decoder(data, position) for position in reversed(range(12))][::-1]
+    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(pictures, again, strict=True))
+    assert len({p.crop_top_left for p in pictures}) > 6
+    plain = Decoder(resolution=64, image_prompt_size=32)(data, 0)
+    flipped = Decoder(resolution=64, image_prompt_size=32, flip_rate=1.0)(data, 0)
+    assert levels(flipped.image_prompt.flip(2), plain.image_prompt).max() <= 1
+
+
+def test_all_modes_become_upright_rgb():
+    image = photo(60, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to view
+    turned = decode_image(encode(image, exif=exif), max_pixels=10**6)
+    assert turned.size == (40, 60)
+    assert decode_image(encode(image.convert("CMYK")), max_pixels=10**6).mode == "RGB"
+    assert decode_image(encode(image.convert("L")), max_pixels=10**6).mode == "RGB"
+    assert decode_image(encode(image, "WEBP", lossless=True), max_pixels=10**6).tobytes() == image.tobytes()
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert decode_image(png(clear), max_pixels=100).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
+def test_truncated_pictures_are_errors(format_):
+    data = encode(photo(200, 150), format_)
+    for share in (0.1, 0.5, 0.9, 0.99):
+        with pytest.raises(DataError, match="cannot decode"):
+            decode_image(data[: int(len(data) * share)], max_pixels=10**6)
+
+
+def test_a_bomb_is_refused_by_its_header():
+    data = bytearray(encode(Image.new("RGB", (16, 16))))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", 30_000, 30_000)
+
+    with pytest.raises(DataError, match=r"claims 30000 x 30000 pixels, above data\.max_pixels"):
+        decode_image(bytes(data), max_pixels=50_000_000)
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a", b"\xff\xd8\xff", b"not a picture", b"\xff\xd8" + b"\0" * 600])
+def test_what_is_no_picture_is_an_error(data):
+    with pytest.raises(DataError, match="cannot decode"):
+        decode_image(data, max_pixels=10**6)
+
+
+def test_gif_and_others_are_not_opened():
+    buffer = io.BytesIO()
+    Image.new("P", (4, 4)).save(buffer, "GIF")
+    with pytest.raises(DataError, match="cannot decode"):
+        decode_image(buffer.getvalue(), max_pixels=100)
+
+
+def test_resolution_must_fit_the_latents():
+    with pytest.raises(ConfigError, match=r"data\.resolution=500 must be a multiple of 8 .*try 496"):
+        Decoder(resolution=500)
+    with pytest.raises(ConfigError, match="Did you mean 'center'"):
+        Decoder(resolution=512, crop="centre")

@@ -1,0 +1,152 @@
+"""Every lost byte is noticed, and nothing dangerous is accepted."""
+
+import io
+import json
+import os
+import tarfile
+
+import numpy as np
+import pytest
+
+from ipa_train.data.index import build_index, find_shards
+from ipa_train.data.pipeline import ShardReader
+from ipa_train.errors import ConfigError, DataError
+from tests.data.conftest import encode, picture, write_shard, write_shards
+
+
+def one_tar(tmp_path, members, **options):
+    """A shard written by tarfile, for what webdataset's writer would not write."""
+    path = tmp_path / "00000.tar"
+    with tarfile.open(path, "w", **options) as tar:
+        for info, data in members:
+            info = tarfile.TarInfo(info) if isinstance(info, str) else info
+            if data is not None:
+                info.size = len(data)
+            tar.addfile(info, io.BytesIO(data or b""))
+    return path
+
+
+def index(tmp_path):
+    return build_index(str(tmp_path), allow_missing_stats=True)
+
+
+def test_finds_and_reads_every_sample(shards):
+    built = build_index(str(shards))
+    assert built.counts.tolist() == [7, 5, 9]
+    reader = ShardReader(built)
+    for shard in range(3):
+        with tarfile.open(built.shards[shard].path) as tar:
+            for row in range(int(built.counts[shard])):
+                image, caption, key = reader.read(shard, row)
+                assert image == tar.extractfile(f"{key}.jpg").read()
+                assert caption == tar.extractfile(f"{key}.txt").read().decode()
+
+
+def test_an_up_to_date_index_is_reused_and_a_changed_shard_is_not(shards):
+    first = build_index(str(shards))
+    times = {s.rows_path: s.rows_path.stat().st_mtime_ns for s in first.shards}
+    assert build_index(str(shards)).index_id == first.index_id
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+    write_shard(shards, 1, {"a": {"jpg": encode(picture(0)), "txt": "new"}})
+    changed = build_index(str(shards))
+    assert changed.counts.tolist() == [7, 1, 9]
+    assert changed.index_id != first.index_id
+
+
+@pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_in_any_tar_format(tmp_path, format_):
+    name = ("n" if format_ == tarfile.USTAR_FORMAT else "n" * 120) + "é"
+    one_tar(tmp_path, [(f"{name}.jpg", encode(picture(0))), (f"{name}.txt", b"a")], format=format_)
+    assert index(tmp_path).counts.tolist() == [1]
+
+
+def test_truncation_anywhere_is_noticed(tmp_path):
+    path = one_tar(tmp_path, [(f"{i}.{suffix}", b"x" * 300) for i in range(4) for suffix in ("jpg", "txt")])
+    whole = path.read_bytes()
+    end = 8 * 1024  # header and data of each member; the rest is end-of-archive zeros
+    for cut in [*range(512, end + 1, 512), *range(700, end, 1021)]:
+        path.write_bytes(whole[:cut])
+        with pytest.raises(DataError, match=r"00000\.tar: truncated"):
+            index(tmp_path)
+
+
+def test_a_flipped_bit_in_any_header_is_noticed(tmp_path):
+    path = one_tar(tmp_path, [(f"{i}.{suffix}", b"x" * 300) for i in range(2) for suffix in ("jpg", "txt")])
+    whole = path.read_bytes()
+    for member in range(4):
+        for byte in (0, 124, 130, 156, 257):
+            damaged = bytearray(whole)
+            damaged[member * 1024 + byte] ^= 1
+            path.write_bytes(damaged)
+            with pytest.raises(DataError, match="damaged tar header"):
+                index(tmp_path)
+
+
+def test_dangerous_members_are_refused(tmp_path):
+    link = tarfile.TarInfo("a.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    huge = tarfile.TarInfo("a.jpg")
+    huge.size = 2**40
+    for members, message in (
+        ([("../a.jpg", b"x")], "not a plain file name"),
+        ([("/etc/a.jpg", b"x")], "not a plain file name"),
+        ([(link, None)], "link or special file"),
+        ([("a.jpg", b"x"), ("a.txt", b"x"), ("b.jpg", b"x"), ("a.jpg", b"x")], "the key 'a' appears twice"),
+    ):
+        one_tar(tmp_path, members)
+        with pytest.raises(DataError, match=message):
+            index(tmp_path)
+    (tmp_path / "00000.tar").write_bytes(huge.tobuf() + b"\0" * 1024)
+    with pytest.raises(DataError, match="claims 1099511627776 bytes"):
+        index(tmp_path)
+
+
+def test_other_members_are_never_touched(tmp_path):
+    """webdataset would unpickle `.pyd`; here only the image and the caption are read."""
+    pickle = b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR."
+    one_tar(tmp_path, [("a.jpg", encode(picture(0))), ("a.pyd", pickle), ("a.pth", pickle), ("a.txt", b"caption")])
+    image, caption, key = ShardReader(index(tmp_path)).read(0, 0)
+    assert (image, caption, key) == (encode(picture(0)), "caption", "a")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_incomplete_samples_are_counted(tmp_path):
+    one_tar(tmp_path, [("a.jpg", b"x"), ("a.txt", b"x"), ("b.jpg", b"x"), ("c.txt", b"x")])
+    built = index(tmp_path)
+    assert built.counts.tolist() == [1]
+    assert built.shards[0].entry.num_incomplete == 2
+
+
+def test_missing_empty_and_unfinished_shards(tmp_path, shards):
+    for spec, message in (
+        (str(tmp_path / "nothing"), "1 of 1 shards missing, first .*nothing"),
+        (str(tmp_path / "*.tar"), r"no \.tar file matches"),
+        (str(shards / "{00000..00004}.tar"), r"2 of 5 shards missing, first .*00003\.tar"),
+        ([str(shards / "00000.tar"), str(shards)], "more than once"),
+        ("pipe:cat x.tar", "only local files"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            find_shards(spec)
+    (shards / "00001_stats.json").unlink()
+    with pytest.raises(DataError, match=r"00001\.tar: no 00001_stats\.json beside it"):
+        build_index(str(shards))
+    one_tar(tmp_path, [("a.json", b"{}")])
+    with pytest.raises(DataError, match="no sample with both an image"):
+        index(tmp_path)
+
+
+def test_the_index_can_live_elsewhere(shards, tmp_path):
+    other = write_shards(tmp_path / "other", (2, 3))
+    spec = [str(shards / "*.tar"), str(other / "*.tar")]
+    built = build_index(spec, index_dir=tmp_path / "index")
+    assert built.counts.tolist() == [7, 5, 9, 2, 3]
+    assert not list(shards.glob("*.npy"))
+    assert len(json.loads((tmp_path / "index" / "index.json").read_text())["shards"]) == 5
+    assert all(isinstance(s.rows(), np.memmap) for s in built.shards)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_named(shards):
+    shards.chmod(0o555)
+    with pytest.raises(ConfigError, match=r"set data\.index_dir"):
+        build_index(str(shards))

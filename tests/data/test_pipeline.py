@@ -1,0 +1,150 @@
+"""The same pixels for the same positions, whoever loads them; bad samples replaced, counted, limited."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ipa_train.data.datamodule import StreamingDataModule
+from ipa_train.data.index import build_index
+from ipa_train.data.tolerance import BadSample, ErrorBudget
+from ipa_train.errors import ConfigError, DataError
+from tests.data.conftest import write_shards
+
+
+def datamodule(shards, **options):
+    defaults = {"global_batch_size": 8, "resolution": 32, "image_prompt_size": 32, "num_lanes": 3, "window_size": 5}
+    return StreamingDataModule(shards=str(shards), **defaults | options)
+
+
+def stream(data, start, steps, *, world_size=1, workers=0):
+    """{position: hash of everything} over all ranks."""
+    seen = {}
+    micro_batches = data.accumulate_grad_batches(world_size) * steps
+    for rank in range(world_size):
+        loader = iter(data.loader(start, rank=rank, world_size=world_size, workers=workers))
+        for _ in range(micro_batches):
+            batch = next(loader).batch
+            for i, position in enumerate(batch.positions.tolist()):
+                digest = hashlib.sha256(batch.pixels[i].numpy().tobytes() + batch.image_prompts[i].numpy().tobytes())
+                assert position not in seen
+                seen[position] = (digest.hexdigest(), batch.captions[i], batch.keys[i])
+    return seen
+
+
+def test_pixel_identical_for_any_ranks_workers_and_batch_sizes(shards):
+    options = {"crop": "random", "flip_rate": 0.5}
+    whole = stream(datamodule(shards, **options), 0, 6)
+    assert sorted(whole) == list(range(48))
+    assert stream(datamodule(shards, **options), 0, 6, world_size=2, workers=2) == whole
+    assert stream(datamodule(shards, batch_size=1, **options), 0, 6, world_size=4) == whole
+    first = stream(datamodule(shards, **options), 0, 3, world_size=4)
+    rest = stream(datamodule(shards, global_batch_size=12, batch_size=3, **options), 24, 2, world_size=2, workers=1)
+    assert first | rest == whole
+
+
+def damage(shards, names):
+    """Zero the start of these samples' pictures."""
+    for shard in build_index(str(shards)).shards:
+        rows = shard.rows()
+        with shard.path.open("r+b") as file:
+            for row, at in enumerate(rows):
+                if f"{shard.name}/{row}" in names:
+                    file.seek(int(at["offset"]) + int(at["image_start"]))
+                    file.write(bytes(64))
+        # a changed time would index the shard anew, as it should; here the same index must meet the damage
+    return names
+
+
+def test_bad_samples_are_replaced_alike_everywhere(shards):
+    clean = stream(datamodule(shards), 0, 6)
+    index = build_index(str(shards))
+    bad = damage(shards, {"00000.tar/2", "00002.tar/0"})
+    damaged = stream(datamodule(shards), 0, 6)
+    assert stream(datamodule(shards), 0, 6, world_size=4, workers=1) == damaged
+    changed = [p for p in clean if clean[p] != damaged[p]]
+    assert len(changed) == sum(clean[p][2] in {"00000.tar/000000002", "00002.tar/000020000"} for p in clean)
+    assert {damaged[p][2] for p in changed}.isdisjoint({"00000.tar/000000002", "00002.tar/000020000"})
+    assert index.counts.sum() == 21
+    assert len(bad) == 2
+
+
+def test_bad_samples_are_reported_by_name(shards):
+    damage(shards, {"00001.tar/3"})
+    loader = iter(datamodule(shards).loader(0))
+    bad = [b for _ in range(3) for b in next(loader).bad]
+    assert {(b.shard, b.row, b.key) for b in bad} == {("00001.tar", 3, "000010003")}
+    assert all(b.error.startswith("cannot decode") for b in bad)
+
+
+def test_a_shard_truncated_after_indexing_is_noticed(shards):
+    data = datamodule(shards)
+    _ = data.index
+    path = shards / "00002.tar"
+    path.write_bytes(path.read_bytes()[:6000])
+    loader = iter(data.loader(0))
+    bad = [b for _ in range(3) for b in next(loader).bad]
+    assert bad
+    assert all("truncated since it was indexed" in b.error for b in bad)
+
+
+def test_when_everything_is_bad_it_stops(shards):
+    damage(shards, {f"{s:05d}.tar/{i}" for s in range(3) for i in range(9)})
+    with pytest.raises(DataError, match="8 samples in a row are bad.*00000"):
+        next(iter(datamodule(shards).loader(0)))
+
+
+def failure(i, shard="a.tar"):
+    return BadSample(position=i, shard=shard, row=i, key=str(i), error="cannot decode: x")
+
+
+def test_the_budget_stops_the_run_and_names_the_worst_shards(tmp_path):
+    log = tmp_path / "bad.jsonl"
+    budget = ErrorBudget(max_bad_rate=0.01, window=1000, log_path=log)
+    sizes = {"a.tar": 10_000, "b.tar": 10_000}
+    budget.record(500, [failure(i) for i in range(9)], sizes)
+    budget.record(300, [failure(99, "b.tar")], sizes)
+    with pytest.raises(DataError, match=r"11 of the last 1000 samples are bad.*a\.tar \(10\), b\.tar \(1\)"):
+        budget.record(200, [failure(100)], sizes)
+    assert [json.loads(line)["position"] for line in log.read_text().splitlines()] == [*range(9), 99, 100]
+
+
+def test_old_failures_leave_the_window_but_a_broken_shard_does_not_pass():
+    budget = ErrorBudget(max_bad_rate=0.02, window=1000)
+    for _ in range(30):
+        budget.record(1000, [failure(i) for i in range(9)], {"a.tar": 1000})
+    assert budget.num_bad == 270
+    with pytest.raises(DataError, match=r"more than half of c\.tar is bad"):
+        budget.record(1, [failure(i, "c.tar") for i in range(3)], {"c.tar": 5})
+
+
+def test_sizes_are_checked(shards):
+    with pytest.raises(ConfigError, match="batch_size=3 does not divide the 4 samples"):
+        datamodule(shards, batch_size=3).accumulate_grad_batches(2)
+    with pytest.raises(ConfigError, match="global_batch_size=8 cannot be shared equally by 3 processes"):
+        datamodule(shards).accumulate_grad_batches(3)
+    assert datamodule(shards, batch_size=2).accumulate_grad_batches(2) == 2
+
+
+def test_a_batch_is_what_it_says(shards):
+    batch = datamodule(shards).first_batch(5)
+    assert batch.pixels.shape == batch.image_prompts.shape == (5, 3, 32, 32)
+    assert batch.pixels.dtype == torch.uint8
+    assert batch.positions.tolist() == np.lexsort((np.arange(5) // 3, np.arange(5) % 3)).tolist()
+    assert batch.original_sizes.tolist() == [[40, 48]] * 5
+    assert batch.target_sizes.tolist() == [[32, 32]] * 5
+
+
+def test_other_shards_or_another_seed_are_refused_at_a_resume(shards, tmp_path):
+    state = {"version": 1, "index_id": datamodule(shards).index.index_id, "seed": 0, "position": 16, "step": 2}
+    datamodule(shards).load_state_dict(state)
+    with pytest.raises(DataError, match="this run has seed 5, its checkpoint 0"):
+        datamodule(shards, seed=5).load_state_dict(state)
+    other = write_shards(tmp_path / "other", (4, 4))
+    with pytest.raises(DataError, match=r"set data\.allow_index_change=true to go on at sample 16"):
+        datamodule(other).load_state_dict(state)
+    allowed = datamodule(other, allow_index_change=True)
+    allowed.load_state_dict(state)
+    assert allowed.position == 16
