@@ -4,8 +4,8 @@
 
 Writes the two model folders and shards of real photographs (those that ship inside scikit-image, matplotlib and
 scikit-learn, whichever are installed), then runs `ipa train experiment=sd15_linear` for half the steps, again for the
-rest (a resume), `ipa export`, and loads the export in a plain diffusers pipeline. Prints step time, peak memory and file
-sizes, and writes them to DIR/full_size.json. Needs about 8 GiB of disk and 12 GiB of memory.
+rest (a resume), `ipa export`, and loads the export in a plain diffusers pipeline. Prints step time, peak memory and
+file sizes, and writes them to DIR/full_size.json. Needs about 8 GiB of disk and 12 GiB of memory.
 """
 
 import argparse
@@ -152,8 +152,9 @@ def main() -> None:
         f"data.global_batch_size={args.batch_size}",
         "data.num_workers=1",
         "trainer=cpu",
-        "logger=csv",
-        f"run.name={work / 'run'}",
+        "callbacks.sample_grid.every_steps=0",
+        "run.name=full_size",
+        f"run.path={work / 'run'}",
         "trainer.log_every_n_steps=1",
         f"callbacks.checkpointing.every_steps={args.steps // 2}",
     ]

@@ -1,6 +1,6 @@
 """An IP-Adapter trained with plain torch: no Lightning, no Hydra, no data loader. The layers stand on their own.
 
-python examples/train_without_a_framework.py --base FOLDER --image-encoder FOLDER --images FOLDER --out adapter.safetensors
+python examples/train_without_a_framework.py --base FOLDER --image-encoder FOLDER --images FOLDER --out FOLDER
 """
 
 import argparse

@@ -1,14 +1,17 @@
 """Shared by all tests: shape checks on, no network, one thread, tiny models built once."""
 
 import os
+import warnings
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+from beartype.roar import BeartypeDecorHintPep585DeprecationWarning
 from jaxtyping import install_import_hook
 
+warnings.filterwarnings("ignore", category=BeartypeDecorHintPep585DeprecationWarning)  # omegaconf's own hints
 install_import_hook("ipa_train", "beartype.beartype")
 
 import pytest

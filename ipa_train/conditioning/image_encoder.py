@@ -1,6 +1,7 @@
 """Image encoders behind one call: RGB image prompts -> image features, and the features of "no image"."""
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -101,10 +102,6 @@ class CLIPImageEncoder(nn.Module):
 
     def identity(self) -> dict[str, Any]:
         """What an export says about its encoder: where it came from, sizes, preprocessing, hash of the weights."""
-        digest = hashlib.sha256()
-        for name, weight in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         name = Path(self.path).name if Path(self.path).is_dir() else self.path
         return {
             "name": name,
@@ -112,8 +109,17 @@ class CLIPImageEncoder(nn.Module):
             "preprocessing": "shortest side bicubic, centre crop, CLIP mean and std",
             "projection_dim": self.model.config.projection_dim,
             "hidden_size": self.model.config.hidden_size,
-            "weights_sha256": digest.hexdigest(),
+            "weights_sha256": self._weights_sha256,
         }
+
+    @cached_property
+    def _weights_sha256(self) -> str:
+        """Hash of the weights rounded to bf16, so that it does not depend on the precision they were loaded in."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def train(self, mode: bool = True) -> "CLIPImageEncoder":
         """Stay in eval mode: the encoder is frozen."""

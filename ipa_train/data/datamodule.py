@@ -171,12 +171,13 @@ class StreamingDataModule(lightning.LightningDataModule):
         """
         if state_dict["seed"] != self.seed:
             raise DataError(
-                f"this run has seed {self.seed}, its checkpoint {state_dict['seed']}: use the old seed, or another run.name."
+                f"this run has seed {self.seed}, its checkpoint {state_dict['seed']}: "
+                "use the old seed, or another run.name."
             )
         if state_dict["index_id"] != self.index.index_id and not self.allow_index_change:
             raise DataError(
                 f"data.shards are not the ones of the checkpoint (index {self.index.index_id}, then "
-                f"{state_dict['index_id']}): give the same shards, or set data.allow_index_change=true to go on at sample "
-                f"{state_dict['position']} of the new ones."
+                f"{state_dict['index_id']}): give the same shards, or set data.allow_index_change=true to go on at "
+                f"sample {state_dict['position']} of the new ones."
             )
         self._start_position, self._start_step = state_dict["position"], state_dict["step"]

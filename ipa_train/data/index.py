@@ -2,7 +2,7 @@
 
     ds/00000.tar  00000_stats.json     img2dataset's output, never modified
     ds/00000.idx.npy                   one row per complete sample, by offset
-    ds/index.json                      per shard: size and time of the tar, samples, what was left out, sha256 of the rows
+    ds/index.json                      per shard: size and time of the tar, samples, how many left out, sha256 of rows
 
 Built in parallel, written atomically, and reused while a tar's size and modification time stay the same.
 """
@@ -106,7 +106,8 @@ def find_shards(spec: str | Sequence[str]) -> list[Path]:
         elif "{" in item:
             matches = [Path(name) for name in expand_urls(item)]
         else:
-            matches = [Path(name) for name in sorted(glob.glob(item))] or ([Path(item)] if "*" not in item else [])
+            matches = [Path(name) for name in sorted(glob.glob(item))]  # noqa: PTH207 - the pattern may be absolute
+            matches = matches or ([Path(item)] if "*" not in item else [])
         if not matches:
             raise ConfigError(
                 f"data.shards={item}: no .tar file matches; give a folder, a glob or {{00000..00010}}.tar."

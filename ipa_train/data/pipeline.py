@@ -102,7 +102,10 @@ class StreamDataset(Dataset[LoadedBatch]):
     def __getitem__(self, positions: np.ndarray) -> LoadedBatch:
         bad: list[BadSample] = []
         _, shards, rows = self.plan.locate(positions)
-        samples = [self._sample(*(int(x) for x in place), bad) for place in zip(positions, shards, rows, strict=True)]
+        samples = [
+            self._sample(int(position), int(shard), int(row), bad)
+            for position, shard, row in zip(positions, shards, rows, strict=True)
+        ]
         decoded, captions, keys = zip(*samples, strict=True)
         batch = Batch(
             pixels=torch.stack([d.pixels for d in decoded]),
@@ -167,7 +170,7 @@ def count_micro_batches(*, global_batch_size: int, batch_size: int | None, world
         return 1
     if batch_size < 1 or share % batch_size:
         raise ConfigError(
-            f"data.batch_size={batch_size} does not divide the {share} samples that each of {world_size} processes takes "
-            f"of data.global_batch_size={global_batch_size}."
+            f"data.batch_size={batch_size} does not divide the {share} samples that each of {world_size} processes "
+            f"takes of data.global_batch_size={global_batch_size}."
         )
     return share // batch_size

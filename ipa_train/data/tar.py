@@ -60,7 +60,8 @@ def _walk(descriptor: int, path: Path, max_member_bytes: int) -> Iterator[Member
         kind, size = header[156:157], int(overrides.pop("size", _number(header[124:136])))
         if size > max_member_bytes:
             raise DataError(
-                f"{path}: the member at byte {position} claims {size} bytes, above data.max_member_bytes={max_member_bytes}."
+                f"{path}: the member at byte {position} claims {size} bytes, above "
+                f"data.max_member_bytes={max_member_bytes}."
             )
         data = position + BLOCK
         following = data + -(-size // BLOCK) * BLOCK

@@ -1,6 +1,8 @@
 """The training step, the same for every base, variant and objective."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -15,6 +17,8 @@ from ipa_train.conditioning.image_encoder import CLIPImageEncoder
 from ipa_train.data.batch import Batch
 from ipa_train.diffusion.objective import Objective
 from ipa_train.diffusion.timesteps import UniformTimesteps
+from ipa_train.export.file import write_export
+from ipa_train.export.layouts import interchange_names
 from ipa_train.runtime.seeding import Draws
 from ipa_train.training.ema import AdapterEMA
 from ipa_train.training.metrics import RunningMeans
@@ -94,6 +98,26 @@ class AdapterTraining(lightning.LightningModule):
         scheduler = self.lr_schedule.build(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Within the block the adapter holds its average, if there is one."""
+        return nullcontext() if self.ema is None else self.ema.applied(self.adapter.named_parameters())
+
+    def write_exports(self, folder: Path) -> None:
+        """Write the adapter, averaged if there is an average, as interchange files; called for every checkpoint."""
+        metadata = {
+            "base": {"name": Path(self.base.path).name, "prediction_type": self.base.prediction_type},
+            "image_encoder": self.image_encoder.identity(),
+            "feature_kind": self.adapter.projector.feature_kind,
+            "variant": self.adapter.projector.variant,
+            "step": self.global_step,
+            "ema": self.ema is not None,
+            "dropout": vars(self.dropout),
+            "objective": {k: v for k, v in vars(self.objective).items() if k != "alphas_cumprod"},
+            "state_names": interchange_names(self.adapter, self.base.attention_sites()),
+        }
+        with self.averaged_weights():
+            write_export(folder, self.adapter, self.base.attention_sites(), metadata=metadata)
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the average follow."""
         super().optimizer_step(*args, **kwargs)
@@ -106,7 +130,14 @@ class AdapterTraining(lightning.LightningModule):
             checkpoint["ema"] = self.ema.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the average from a checkpoint, if this run keeps one."""
+        """Take the average from a checkpoint, and begin a new count of micro-batches.
+
+        The stream has no epochs, and the run may go on with another number of micro-batches per step: Lightning would
+        take its old count of them for a place within the next step.
+        """
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"] = dict.fromkeys(
+            ("ready", "started", "processed", "completed"), 0
+        )
         if self.ema is not None and "ema" in checkpoint:
             self.ema.load_state_dict(checkpoint["ema"])
 

@@ -92,7 +92,7 @@ def test_a_shard_truncated_after_indexing_is_noticed(shards):
 
 def test_when_everything_is_bad_it_stops(shards):
     damage(shards, {f"{s:05d}.tar/{i}" for s in range(3) for i in range(9)})
-    with pytest.raises(DataError, match="8 samples in a row are bad.*00000"):
+    with pytest.raises(DataError, match=r"8 samples in a row are bad.*00000"):
         next(iter(datamodule(shards).loader(0)))
 
 

@@ -54,8 +54,9 @@ def train_command(tiny_models, shards, tmp_path):
             "data.num_workers=0",
             "trainer=cpu",
             "trainer.log_every_n_steps=1",
-            "logger=csv",
-            f"run.name={tmp_path / name}",
+            "callbacks.sample_grid.every_steps=0",
+            f"run.name={name}",
+            f"run.path={tmp_path / name}",
             *overrides,
         ]
 

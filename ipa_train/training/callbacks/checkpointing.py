@@ -39,7 +39,10 @@ class Checkpointing(Checkpoint):
         self._saved_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the checkpoint that the run resumes from as saved."""
+        """Save the untrained adapter, to compare with; take the checkpoint that a run resumes from as saved."""
+        if trainer.global_step == 0:
+            self._saved_step = -1
+            self._save(trainer, pl_module)
         self._saved_step = trainer.global_step
 
     def on_train_batch_end(

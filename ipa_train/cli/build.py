@@ -1,0 +1,82 @@
+"""From a config to the objects of a run; shared by training and checking."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning
+from omegaconf import DictConfig
+
+from ipa_train.cli.config import instantiate
+from ipa_train.data.datamodule import StreamingDataModule
+from ipa_train.errors import ConfigError
+from ipa_train.export.loadability import require_loadable
+from ipa_train.export.warm_start import init_from
+from ipa_train.runtime.distributed import rank
+from ipa_train.training.checkpoint import AdapterCheckpointIO
+from ipa_train.training.module import AdapterTraining
+
+
+def build_module(config: DictConfig) -> AdapterTraining:
+    """Load the frozen models and make the adapter, from a released file where one is given.
+
+    Raises:
+        ConfigError, ExportError: a folder or file that cannot serve, or an adapter that nothing could load afterwards.
+    """
+    base = instantiate(config.base)
+    if config.data.resolution % base.latent_stride:
+        raise ConfigError(
+            f"data.resolution={config.data.resolution} must be a multiple of {base.latent_stride}, the VAE's stride."
+        )
+    module = AdapterTraining(
+        base=base,
+        image_encoder=instantiate(config.image_encoder),
+        projector=instantiate(config.adapter.projector),
+        objective=instantiate(config.objective),
+        timesteps=instantiate(config.timesteps),
+        dropout=instantiate(config.dropout),
+        optimizer=instantiate(config.optimizer),
+        lr_schedule=instantiate(config.lr_schedule),
+        ema=instantiate(config.ema),
+        seed=config.seed,
+    )
+    require_loadable(module.adapter, base.attention_sites())
+    if config.adapter.init_from is not None:
+        init_from(module.adapter, base.attention_sites(), Path(config.adapter.init_from), module.image_encoder)
+    return module
+
+
+def build_data(config: DictConfig, module: AdapterTraining) -> StreamingDataModule:
+    """Make the data module; rank 0 indexes the shards now, so that their faults show before anything is written."""
+    data: StreamingDataModule = instantiate(
+        config.data, image_prompt_size=module.image_encoder.image_size, bad_samples_dir=config.run.path
+    )
+    if rank() == 0:
+        _ = data.index
+    return data
+
+
+def build_trainer(config: DictConfig, data: StreamingDataModule, *, tracker_id: str | None = None) -> lightning.Trainer:
+    """Make the trainer, its callbacks and loggers."""
+    loggers = []
+    for name, node in config.logger.items():
+        known = {"id": tracker_id, "resume": "allow"} if name == "wandb" and tracker_id else {}
+        loggers.append(instantiate(node, **known))
+    trainer: lightning.Trainer = instantiate(
+        config.trainer,
+        callbacks=[instantiate(node) for node in config.callbacks.values()],
+        logger=loggers,
+        plugins=[AdapterCheckpointIO()],
+        default_root_dir=config.run.path,
+    )
+    trainer.accumulate_grad_batches = data.accumulate_grad_batches(trainer.world_size)
+    return trainer
+
+
+def describe_parameters(module: AdapterTraining) -> Iterator[str]:
+    """One line for each part: parameters, trained or frozen, and precision."""
+    parts = {"base": module.base, "image encoder": module.image_encoder, "adapter": module.adapter}
+    for name, part in parts.items():
+        parameters = list(part.parameters())
+        kind = "trained" if any(p.requires_grad for p in parameters) else "frozen"
+        dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+        yield f"{name:<14}{sum(p.numel() for p in parameters):>15,} parameters  {kind:<8}{dtypes}"

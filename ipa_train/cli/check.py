@@ -1,0 +1,83 @@
+"""Try everything a training run needs, before it waits in a queue.
+
+    ipa check experiment=sd15_linear run.name=first data.shards='/data/laion/{00000..41000}.tar'
+
+Takes what `ipa train` takes; binds every option, looks into the shards, loads the weights, runs one batch forward and
+backward, and says who will be able to load the result. Writes nothing but the shards' index.
+"""
+
+import argparse
+import resource
+import sys
+import time
+
+import torch
+from omegaconf import DictConfig
+
+from ipa_train.cli.build import build_data, build_module, build_trainer, describe_parameters
+from ipa_train.cli.config import load_config
+from ipa_train.data.datamodule import StreamingDataModule
+from ipa_train.errors import DataError
+from ipa_train.export.layouts import describe, to_interchange
+from ipa_train.export.loadability import loadability
+from ipa_train.runtime.logging import setup_logging
+from ipa_train.training.module import AdapterTraining
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for ipa train")
+    parser.add_argument("--config-dir", help="folder with experiment/*.yaml files of your own")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, and print a report."""
+    setup_logging(level="WARNING")
+    config = load_config(args.overrides, config_dir=args.config_dir)
+    _say("config", "every option fits its class")
+    module = build_module(config)
+    for line in describe_parameters(module):
+        _say("weights", line)
+    data = build_data(config, module)
+    incomplete = sum(shard.entry.num_incomplete for shard in data.index.shards)
+    _say(
+        "shards",
+        f"{int(data.index.counts.sum()):,} samples in {len(data.index.shards):,} shards; {incomplete:,} left out",
+    )
+    trainer = build_trainer(config, data)
+    accumulate = trainer.accumulate_grad_batches
+    share = data.global_batch_size // trainer.world_size // accumulate
+    _say("batch", f"{trainer.world_size} processes x {accumulate} micro-batches x {share} samples")
+    _run_one_batch(config, module, data, share)
+    for verdict in loadability(describe(to_interchange(module.adapter, module.base.attention_sites()), source="check")):
+        _say("result", f"{verdict.loader}: {'will load it' if verdict.ok else '; '.join(verdict.reasons)}")
+    _say("", "all good")
+    return 0
+
+
+def _run_one_batch(config: DictConfig, module: AdapterTraining, data: StreamingDataModule, num_samples: int) -> None:
+    loaded = next(iter(data.loader(0, workers=0)))
+    if loaded.bad:
+        worst = loaded.bad[0]
+        raise DataError(
+            f"{len(loaded.bad)} bad samples in the first batch, e.g. {worst.shard}/{worst.key}: {worst.error}"
+        )
+    device = "cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu"
+    batch = data.first_batch(num_samples).to(device)
+    module.to(device)
+    started = time.perf_counter()
+    loss = module.training_step(batch, 0)
+    torch.autograd.backward(loss)
+    gradient = torch.nn.utils.get_total_norm([p.grad for p in module.adapter.parameters() if p.grad is not None])
+    seconds = time.perf_counter() - started
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    shape = "x".join(map(str, batch.pixels.shape))
+    _say("step", f"pixels {shape}, loss {loss.item():.4f}, gradient norm {gradient.item():.3g}")
+    _say("step", f"{seconds:.1f} s for the first micro-batch on {device}, peak memory {peak:.2f} GiB")
+
+
+def _say(what: str, text: str) -> None:
+    sys.stdout.write(f"{what:<9}{text}\n")

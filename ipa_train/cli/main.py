@@ -1,0 +1,62 @@
+"""``ipa VERB ...``: one verb per job; each lives in the module of this package that has its name."""
+
+import argparse
+import importlib
+import keyword
+import os
+import sys
+from collections.abc import Sequence
+
+from ipa_train.errors import UserError, did_you_mean
+from ipa_train.version import __version__
+
+VERBS = {
+    "train": "train an adapter; the same command again resumes",
+    "check": "try everything a training run needs, before it waits in a queue",
+    "export": "write a checkpoint's adapter for diffusers, ComfyUI and Tencent's code",
+    "import": "say what an adapter file is, and who can load it",
+    "sample": "generate pictures with an adapter file",
+    "data": "tools over shards: index",
+}
+EXIT_USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the process's exit status: 0, 2 for a mistake of the user's, 130 for an interrupt."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        _write(sys.stdout, _help())
+        return 0 if argv else EXIT_USER_ERROR
+    if argv[0] == "--version":
+        _write(sys.stdout, __version__)
+        return 0
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        _write(sys.stderr, f"ipa: there is no verb {verb!r}.{did_you_mean(verb, VERBS)}")
+        return EXIT_USER_ERROR
+    try:
+        module = importlib.import_module(f"ipa_train.cli.{verb}{'_' if keyword.iskeyword(verb) else ''}")
+        parser = argparse.ArgumentParser(prog=f"ipa {verb}", description=module.__doc__)
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        module.add_arguments(parser)
+        return int(module.run(parser.parse_args(rest)))
+    except UserError as error:
+        if os.environ.get("IPA_DEBUG"):
+            raise
+        _write(sys.stderr, f"ipa {verb}: {' '.join(str(error).split())}")
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return 130
+
+
+def _help() -> str:
+    lines = ["Usage: ipa VERB ...   (ipa VERB --help says more)", ""]
+    return "\n".join([*lines, *(f"  {verb:<8}{what}" for verb, what in VERBS.items())])
+
+
+def _write(stream: object, text: str) -> None:
+    print(text, file=stream)  # type: ignore[call-overload]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Train an adapter.
+
+    ipa train experiment=sd15_linear run.name=first data.shards='/data/laion/{00000..41000}.tar'
+
+The same command again goes on where the run stopped. `ipa train --help` lists no options: they are in conf/, every one
+of them can be overridden as key=value, and `ipa check` with the same arguments tries them all.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import lightning
+import torch
+from omegaconf import OmegaConf
+
+from ipa_train.cli.build import build_data, build_module, build_trainer, describe_parameters
+from ipa_train.cli.config import load_config
+from ipa_train.runtime.distributed import rank
+from ipa_train.runtime.logging import setup_logging
+from ipa_train.training.run_dir import open_run
+
+_log = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. experiment=sd15_linear")
+    parser.add_argument("--config-dir", help="folder with experiment/*.yaml files of your own")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and return 0 when ``trainer.max_steps`` is reached."""
+    setup_logging(rank=rank())
+    config = load_config(args.overrides, config_dir=args.config_dir)
+    torch.set_float32_matmul_precision("high")
+    lightning.seed_everything(config.seed, verbose=False)
+
+    module = build_module(config)
+    data = build_data(config, module)
+    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    run_dir = open_run(Path(config.run.path), plain, max_steps=config.trainer.max_steps)
+    try:
+        trainer = build_trainer(config, data, tracker_id=run_dir.tracker_id)
+        if rank() == 0:
+            for line in describe_parameters(module):
+                _log.info(line)
+            if run_dir.resume_from is not None:
+                _log.info("resuming from %s", run_dir.resume_from)
+        trainer.fit(module, data, ckpt_path=run_dir.resume_from)
+    finally:
+        run_dir.close()
+    return 0

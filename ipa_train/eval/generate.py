@@ -1,0 +1,126 @@
+"""Pictures from an adapter: while it is trained, and from its file through plain diffusers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw
+from torch import Tensor
+from transformers import CLIPImageProcessorPil
+
+from ipa_train.adapter import IPAdapter
+from ipa_train.adapter.projector import FeatureKind
+from ipa_train.bases import StableDiffusion
+from ipa_train.conditioning import CLIPImageEncoder
+from ipa_train.errors import ConfigError
+from ipa_train.export.file import read_adapter_file
+from ipa_train.export.layouts import describe
+from ipa_train.export.loadability import loadability
+from ipa_train.export.warm_start import check_image_encoder
+
+
+@torch.no_grad()
+def generate(
+    base: StableDiffusion,
+    adapter: IPAdapter,
+    image_encoder: CLIPImageEncoder,
+    image_prompts: UInt8[Tensor, "b c p q"],
+    prompts: Sequence[str],
+    *,
+    size: int,
+    seed: int = 0,
+    num_inference_steps: int = 30,
+    guidance_scale: float = 7.5,
+) -> list[Image.Image]:
+    """One picture of ``size`` pixels square for each image prompt, with the adapter as it is attached to the base now.
+
+    Runs diffusers' own pipeline on the very weights that are being trained: what the exported file will give there.
+    Image i is drawn from the seed ``seed + i``.
+    """
+    kind = adapter.projector.feature_kind
+    tokens = adapter(image_encoder.encode(image_prompts, kind))
+    null_tokens = adapter(image_encoder.null_features(kind)).expand_as(tokens)
+    pipeline = base.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    # The pipeline runs the unconditional half of a batch first.
+    both = torch.cat([null_tokens, tokens]) if guidance_scale > 1.0 else tokens
+    return pipeline(
+        prompt=list(prompts),
+        height=size,
+        width=size,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        generator=seeds(seed, len(prompts)),
+        cross_attention_kwargs={"ip_hidden_states": both.to(base.dtype)},
+    ).images
+
+
+def seeds(seed: int, count: int) -> list[torch.Generator]:
+    """One CPU generator for each picture, so that a picture does not depend on its neighbours."""
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def load_pipeline(
+    base: str, adapter_file: Path, image_encoder: str, *, subfolder: str = "", dtype: torch.dtype, device: str
+) -> StableDiffusionPipeline:
+    """Plain diffusers with an adapter file in it, through ``load_ip_adapter``.
+
+    Raises:
+        ConfigError, ExportError: the base, encoder or file cannot be loaded, or do not belong together.
+    """
+    state, metadata = read_adapter_file(adapter_file)
+    description = describe(state, source=str(adapter_file))
+    verdict = loadability(description)[0]
+    if not verdict.ok:
+        raise ConfigError(f"{adapter_file}: diffusers cannot load it: {'; '.join(verdict.reasons)}.")
+    name = str(dtype).removeprefix("torch.")
+    encoder = CLIPImageEncoder.from_pretrained(image_encoder, subfolder=subfolder, dtype=name)
+    kind: FeatureKind = "pooled" if description.variant == "linear" else "penultimate"
+    if encoder.feature_dim(kind) != description.feature_dim:
+        raise ConfigError(
+            f"{adapter_file}: made for an image encoder of width {description.feature_dim}, and {image_encoder} gives "
+            f"{encoder.feature_dim(kind)}."
+        )
+    check_image_encoder(metadata, encoder, source=str(adapter_file))
+    frozen = StableDiffusion.from_pretrained(base, dtype=name)
+    if frozen.context_dim != description.context_dim:
+        raise ConfigError(
+            f"{adapter_file}: made for a base whose text has width {description.context_dim}, and {base} has "
+            f"{frozen.context_dim}."
+        )
+    pipeline = frozen.pipeline()
+    edge = encoder.image_size
+    pipeline.register_modules(
+        image_encoder=encoder.model,
+        feature_extractor=CLIPImageProcessorPil(
+            size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}
+        ),
+    )
+    pipeline.load_ip_adapter(
+        str(adapter_file.parent), subfolder="", weight_name=adapter_file.name, image_encoder_folder=None
+    )
+    return pipeline.to(device)
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], *, cell: int) -> Image.Image:
+    """Pictures in rows, each row under its label; every cell is ``cell`` pixels square."""
+    line, gap = 16, 4
+    columns = max(len(row) for row in rows)
+    canvas = Image.new("RGB", (columns * (cell + gap) + gap, len(rows) * (cell + line + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        top = i * (cell + line + gap)
+        draw.text((gap, top + 2), label, fill="black")
+        for k, image in enumerate(row):
+            filter_ = Image.Resampling.NEAREST if image.width < cell else Image.Resampling.LANCZOS
+            canvas.paste(image.resize((cell, cell), filter_), (gap + k * (cell + gap), top + line))
+    return canvas
+
+
+def to_pil(pixels: UInt8[Tensor, "b c h w"]) -> list[Image.Image]:
+    """Pictures of a batch."""
+    arrays: Any = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array) for array in arrays]

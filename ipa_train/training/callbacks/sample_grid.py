@@ -1,0 +1,77 @@
+"""Pictures during training: the image prompts, and what the adapter makes of them with and without a caption."""
+
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from PIL import Image
+
+from ipa_train.errors import ConfigError
+from ipa_train.eval.generate import generate, grid, to_pil
+from ipa_train.runtime.files import atomic_write
+
+
+class SampleGrid(Callback):
+    """Every ``every_steps`` optimizer steps write ``folder/step-N.png``, and show it in wandb where that is a logger.
+
+    The image prompts are the first ``num_images`` samples of the stream, always the same, with fixed seeds; averaged
+    weights are used where there is an average. Rank 0 draws while the others wait. 0 steps turns it off.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: str,
+        every_steps: int = 5000,
+        num_images: int = 4,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 7.5,
+    ) -> None:
+        if every_steps < 0:
+            raise ConfigError(f"callbacks.sample_grid.every_steps must be at least 0 (off), got {every_steps}.")
+        if num_images < 1:
+            raise ConfigError(f"callbacks.sample_grid.num_images must be at least 1, got {num_images}.")
+        self.folder, self.every_steps, self.num_images = Path(folder), every_steps, num_images
+        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+        self._drawn_step = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
+    ) -> None:
+        """Draw if this step is due."""
+        step = trainer.global_step
+        if not self.every_steps or step == self._drawn_step or step % self.every_steps:
+            return
+        self._drawn_step = step
+        if trainer.is_global_zero:
+            self._show(trainer, self._draw(trainer, pl_module), step)
+
+    def _draw(self, trainer: Trainer, module: LightningModule) -> Image.Image:
+        batch = trainer.datamodule.first_batch(self.num_images).to(module.device)
+        rows = [to_pil(batch.pixels), to_pil(batch.image_prompts)]
+        with module.averaged_weights():
+            for captions in (batch.captions, [""] * len(batch)):
+                rows.append(
+                    generate(
+                        module.base,
+                        module.adapter,
+                        module.image_encoder,
+                        batch.image_prompts,
+                        captions,
+                        size=batch.pixels.shape[-1],
+                        num_inference_steps=self.num_inference_steps,
+                        guidance_scale=self.guidance_scale,
+                    )
+                )
+        labels = ("training pictures", "image prompts", "image prompt and caption", "image prompt alone")
+        return grid(rows, labels, cell=max(96, min(256, batch.pixels.shape[-1])))
+
+    def _show(self, trainer: Trainer, picture: Image.Image, step: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.folder / f"step-{step:08d}.png") as temporary:
+            picture.save(temporary, format="PNG")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("samples", [picture], step=step)
