@@ -53,8 +53,8 @@ def write_state(folder: Path, state: Mapping[str, Tensor], *, dtype: str, metada
     try:
         with atomic_write(safetensors) as temporary:
             save_file(tensors, temporary, metadata=header)
-        with atomic_write(bin_) as temporary:
-            torch.save(nested, temporary)
+        with atomic_write(bin_) as temporary, temporary.open("wb") as file:
+            torch.save(nested, file)
     except (SafetensorError, RuntimeError) as error:
         # Both libraries wrap the system's error (disk full, say) in one of their own.
         raise OSError(str(error).splitlines()[0]) from error
@@ -78,8 +78,10 @@ def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ExportError(
             f"{path}: holds more than tensors, and is not unpickled; ask for a .safetensors file."
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ExportError(f"{path}: damaged or no adapter file: {str(error).splitlines()[0]}") from error
+    except ExportError:
+        raise
+    except Exception as error:  # torch's reader stumbles over garbage with whatever comes to it, KeyError included
+        raise ExportError(f"{path}: damaged or no adapter file: {(str(error).splitlines() or ["unreadable"])[0]}") from error
 
 
 def _flatten(content: object, path: Path) -> dict[str, Tensor]:
