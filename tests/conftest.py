@@ -11,8 +11,10 @@ os.environ.setdefault("WANDB_MODE", "offline")
 from beartype.roar import BeartypeDecorHintPep585DeprecationWarning
 from jaxtyping import install_import_hook
 
+import tests.typechecker  # noqa: F401 - the hook finds it by name
+
 warnings.filterwarnings("ignore", category=BeartypeDecorHintPep585DeprecationWarning)  # omegaconf's own hints
-install_import_hook("ipa_train", "beartype.beartype")
+install_import_hook("ipa_train", "tests.typechecker.typechecker")
 
 import pytest
 import torch

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lightning
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from ipa_train.cli.config import instantiate
@@ -55,21 +56,27 @@ def build_data(config: DictConfig, module: AdapterTraining) -> StreamingDataModu
     return data
 
 
-def build_trainer(config: DictConfig, data: StreamingDataModule, *, tracker_id: str | None = None) -> lightning.Trainer:
-    """Make the trainer, its callbacks and loggers."""
-    loggers = []
-    for name, node in config.logger.items():
-        known = {"id": tracker_id, "resume": "allow"} if name == "wandb" and tracker_id else {}
-        loggers.append(instantiate(node, **known))
+def build_trainer(config: DictConfig, data: StreamingDataModule) -> lightning.Trainer:
+    """Make the trainer and its callbacks, without loggers.
+
+    Raises:
+        ConfigError: the global batch does not divide among the processes and micro-batches.
+    """
     trainer: lightning.Trainer = instantiate(
         config.trainer,
         callbacks=[instantiate(node) for node in config.callbacks.values()],
-        logger=loggers,
+        logger=False,
         plugins=[AdapterCheckpointIO()],
         default_root_dir=config.run.path,
     )
     trainer.accumulate_grad_batches = data.accumulate_grad_batches(trainer.world_size)
     return trainer
+
+
+def build_loggers(config: DictConfig, tracker_id: str | None) -> list[Logger]:
+    """Make the loggers; wandb goes on with the run it has begun."""
+    known = {"wandb": {"id": tracker_id, "resume": "allow"}}
+    return [instantiate(node, **known.get(name, {})) for name, node in config.logger.items()]
 
 
 def describe_parameters(module: AdapterTraining) -> Iterator[str]:

@@ -128,7 +128,7 @@ def _explain(error: Exception, config_dir: str | None) -> str:
         return f"{group}={choice}: there is no {group}/{choice}.yaml.{did_you_mean(choice, known)}"
     if match := re.search(r"Could not find '(\w+)'", text):
         return f"there is no group or option {match[1]!r}.{did_you_mean(match[1], _all_keys())}"
-    return " ".join(text.split())
+    return f"cannot read the overrides: {' '.join(text.split())}"
 
 
 def _all_keys() -> list[str]:

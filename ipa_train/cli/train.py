@@ -15,7 +15,7 @@ import lightning
 import torch
 from omegaconf import OmegaConf
 
-from ipa_train.cli.build import build_data, build_module, build_trainer, describe_parameters
+from ipa_train.cli.build import build_data, build_loggers, build_module, build_trainer, describe_parameters
 from ipa_train.cli.config import load_config
 from ipa_train.runtime.distributed import rank
 from ipa_train.runtime.logging import setup_logging
@@ -39,10 +39,11 @@ def run(args: argparse.Namespace) -> int:
 
     module = build_module(config)
     data = build_data(config, module)
+    trainer = build_trainer(config, data)
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     run_dir = open_run(Path(config.run.path), plain, max_steps=config.trainer.max_steps)
     try:
-        trainer = build_trainer(config, data, tracker_id=run_dir.tracker_id)
+        trainer.loggers = build_loggers(config, run_dir.tracker_id)
         if rank() == 0:
             for line in describe_parameters(module):
                 _log.info(line)

@@ -81,7 +81,8 @@ def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except ExportError:
         raise
     except Exception as error:  # torch's reader stumbles over garbage with whatever comes to it, KeyError included
-        raise ExportError(f"{path}: damaged or no adapter file: {(str(error).splitlines() or ["unreadable"])[0]}") from error
+        reason = (str(error).splitlines() or ["unreadable"])[0]
+        raise ExportError(f"{path}: damaged or no adapter file: {reason}") from error
 
 
 def _flatten(content: object, path: Path) -> dict[str, Tensor]:

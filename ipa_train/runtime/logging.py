@@ -11,6 +11,15 @@ from tqdm import tqdm
 _TALKATIVE = ("lightning", "lightning_fabric", "fsspec", "urllib3", "httpx")
 
 
+# Warnings of libraries about what is so on purpose here, or that only their authors can mend.
+_NOT_NEWS = (
+    ".*checkpoint that ended before the epoch ended",  # the data module has its own, exact position
+    ".*in eval mode at the start of training",  # the frozen models
+    ".*isinstance\\(treespec, LeafSpec\\)",  # Lightning 2.6 on torch 2.13
+    ".*does not have many workers",  # num_workers is the user's choice; data wait is shown
+)
+
+
 class _OneLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -48,6 +57,8 @@ def setup_logging(*, level: str = "INFO", rank: int = 0) -> None:
         library.handlers.clear()
         library.propagate = True
     logging.captureWarnings(True)
+    for message in _NOT_NEWS:
+        warnings.filterwarnings("ignore", message=message)
     warnings.formatwarning = _format_warning
 
 

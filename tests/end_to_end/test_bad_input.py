@@ -1,0 +1,98 @@
+"""A user's mistake: one clear line, exit status 2, and nothing half-written."""
+
+import json
+import shutil
+
+import pytest
+
+from ipa_train.cli.main import main
+from tests.data.conftest import encode, picture, write_shard
+
+
+@pytest.fixture
+def refused(capfd, tmp_path):
+    """A function that runs a command, expects it to be refused, and returns the one line."""
+
+    def refused(command, *, run="bad"):
+        capfd.readouterr()
+        assert main(command) == 2
+        error = capfd.readouterr().err
+        lines = [line for line in error.splitlines() if line.startswith("ipa ")]
+        assert len(lines) == 1, error
+        assert "Traceback" not in error
+        assert not (tmp_path / run / "checkpoints").exists()
+        return lines[0]
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.resolution=36", "data.resolution=36 must be a multiple of 8"),
+        ("data.batch_size=3", "data.batch_size=3 does not divide"),
+        ("trainer.devices=3 trainer.strategy=ddp", "data.global_batch_size=4 cannot be shared equally by 3 processes"),
+        (
+            "adapter.projector.num_tokens=8",
+            "diffusers would not load this adapter: it knows linear adapters of 4 tokens",
+        ),
+        ("base.path=/nowhere", "base.path=/nowhere: neither a local folder nor a hub id"),
+        ("data.shards=/nowhere", "data.shards=/nowhere: 1 of 1 shards missing"),
+        ("adapter.init_from=/nowhere.bin", "/nowhere.bin: no such file"),
+        ("trainer.max_stepz=3", "Did you mean 'trainer.max_steps'"),
+    ],
+)
+def test_wrong_options(override, message, train_command, refused, tmp_path):
+    assert message in refused(train_command("bad", *override.split()))
+    assert not (tmp_path / "bad").exists(), "nothing half-written"
+
+
+def test_wrong_folders(train_command, refused, tiny_models, tmp_path):
+    line = refused(train_command("bad", f"base.path={tiny_models[1]}"))
+    assert "no model_index.json there" in line
+    line = refused(train_command("bad", f"image_encoder.path={tiny_models[0] / 'text_encoder'}"))
+    assert "'clip_text_model'" in line
+    assert not (tmp_path / "bad").exists()
+
+
+def test_damaged_shards(train_command, refused, shards, tmp_path):
+    bad = shutil.copytree(shards, tmp_path / "shards", ignore=shutil.ignore_patterns("*.npy", "index.json"))
+    tar = bad / "00001.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:5000])
+    assert "00001.tar: truncated inside the member" in refused(train_command("bad", f"data.shards={bad}"))
+    tar.write_bytes(b"")
+    assert "00001.tar: truncated at byte 0" in refused(train_command("bad", f"data.shards={bad}"))
+    write_shard(bad, 1, {})
+    assert "00001.tar: no sample" in refused(train_command("bad", f"data.shards={bad}"))
+
+
+def test_a_run_stops_when_a_shard_is_mostly_bad(train_command, refused, tmp_path):
+    folder = tmp_path / "mostly_bad"
+    samples = {f"{i:04d}": {"jpg": b"\xff\xd8 no picture", "txt": "bad"} for i in range(3)}
+    write_shard(folder, 0, samples)
+    write_shard(folder, 1, {f"{i:04d}": {"jpg": encode(picture(i)), "txt": "good"} for i in range(30)})
+    command = train_command("stops", f"data.shards={folder}", "trainer.max_steps=50")
+    line = refused(command, run="nothing")
+    assert "more than half of 00000.tar is bad" in line
+    (log,) = (tmp_path / "stops").glob("bad_samples-*.jsonl")
+    failures = [json.loads(text) for text in log.read_text().splitlines()]
+    assert {f["shard"] for f in failures} == {"00000.tar"}
+    assert all(f["error"].startswith("cannot decode") for f in failures)
+
+
+def test_finished_and_foreign_runs(train_command, refused, tmp_path):
+    assert main(train_command("first", "trainer.max_steps=1")) == 0
+    assert "has finished at step 1" in refused(train_command("first", "trainer.max_steps=1"))
+    line = refused(train_command("first", "trainer.max_steps=2", "dropout.text_rate=0.5"))
+    assert "belongs to another config (dropout.text_rate: 0.05 -> 0.5)" in line
+    assert (tmp_path / "first" / "checkpoints" / "step-00000001").is_dir()
+
+
+def test_other_verbs(refused, tiny_models, tmp_path, capfd):
+    assert "neither a checkpoint nor a run" in refused(["export", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "no such file" in refused(["import", "nothing.bin"])
+    sample = ["sample", "--adapter", "nothing.bin", "--image", str(tmp_path / "no.jpg")]
+    assert "no picture that can be read" in refused(sample)
+    assert main(["trian"]) == 2
+    assert "no verb 'trian'. Did you mean 'train'" in capfd.readouterr().err
