@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import lightning
 import torch
+from lightning.pytorch.loggers import WandbLogger
 from omegaconf import OmegaConf
 
 from ipa_train.cli.build import build_data, build_loggers, build_module, build_trainer, describe_parameters
@@ -51,5 +52,8 @@ def run(args: argparse.Namespace) -> int:
                 _log.info("resuming from %s", run_dir.resume_from)
         trainer.fit(module, data, ckpt_path=run_dir.resume_from)
     finally:
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.finish()
         run_dir.close()
     return 0

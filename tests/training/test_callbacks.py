@@ -5,7 +5,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import SimpleProfiler
-from toy import Images, Stream, ToyTraining, make_trainer
 
 from ipa_train.errors import ConfigError, TrainingError
 from ipa_train.training.callbacks.checkpointing import Checkpointing
@@ -14,6 +13,7 @@ from ipa_train.training.callbacks.metric_logging import MetricLogging
 from ipa_train.training.checkpoint import newest_valid
 from ipa_train.training.csv_log import CSVLog
 from ipa_train.training.status_line import StatusLine, describe
+from tests.training.toy import Images, Stream, ToyTraining, make_trainer
 
 
 def fit(max_steps, *callbacks, data=None, module=None, **options):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
-from toy import Images, Stream, ToyTraining, make_trainer
 
 from ipa_train.errors import CheckpointError, ConfigError
 from ipa_train.training.callbacks.checkpointing import Checkpointing
 from ipa_train.training.checkpoint import list_checkpoints, newest_valid, verify
+from tests.training.toy import Images, Stream, ToyTraining, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 
@@ -58,7 +58,7 @@ def test_a_run_whose_data_end_is_saved_and_goes_on(tmp_path):
     module = ToyTraining()
     trainer = make_trainer(100, [Checkpointing(folder=str(tmp_path), every_steps=50)], max_epochs=1)
     trainer.fit(module, Images(length=3).loader())
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000003"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000000", "step-00000003"]
     _, resumed = fit(5, tmp_path, resume=newest_valid(tmp_path))
     assert resumed.global_step == 5
 
@@ -82,7 +82,7 @@ def test_whoever_stops_the_trainer_gets_a_checkpoint_of_that_step(tmp_path):
 def test_keeps_the_last_and_the_milestones(tmp_path):
     trainer = make_trainer(9, [Checkpointing(folder=str(tmp_path), every_steps=1, keep_last=2, keep_every=4)])
     trainer.fit(ToyTraining(), Images().loader())
-    assert [p.name for p in list_checkpoints(tmp_path)] == [f"step-{s:08d}" for s in (4, 8, 9)]
+    assert [p.name for p in list_checkpoints(tmp_path)] == [f"step-{s:08d}" for s in (0, 4, 8, 9)]
 
 
 class Exporting(ToyTraining):
@@ -111,7 +111,7 @@ def test_a_failing_export_stops_the_run_and_leaves_the_earlier_checkpoints_alone
     trainer = make_trainer(5, [Checkpointing(folder=str(tmp_path), every_steps=1)])
     with pytest.raises(CheckpointError, match="no export of this"):
         trainer.fit(FailingExport(), Images().loader())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{s:08d}" for s in (0, 1, 2)]
     assert newest_valid(tmp_path) == tmp_path / "step-00000002"
 
 
@@ -123,7 +123,7 @@ def test_an_interrupted_run_is_not_saved_in_the_middle_of_a_step(tmp_path):
 
     with pytest.raises(SystemExit):
         fit(10, tmp_path, callbacks=[Interrupt()])
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000002"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000000", "step-00000002"]
 
 
 def test_lightnings_own_names_are_refused(tmp_path):

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from toy import Images, ToyTraining, make_trainer
 
 from ipa_train.training.callbacks.gradient_guard import GradientGuard
+from tests.training.toy import Images, ToyTraining, make_trainer
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_two_ranks_train_like_one_with_the_same_global_batch(two_ranks):
 def test_rank_0_alone_writes_whole_checkpoints(two_ranks):
     root, saw = two_ranks
     for one in saw:
-        assert one["checkpoints"] == ["step-00000002", "step-00000004"]
+        assert one["checkpoints"] == ["step-00000000", "step-00000002", "step-00000004"]
     assert not list((root / "run" / "checkpoints").glob(".tmp-*"))
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
-from toy import Images, ToyTraining, make_trainer
 
 from ipa_train.errors import CheckpointError, TrainingError
 from ipa_train.runtime.distributed import gather_objects, rank, sum_over_ranks
@@ -18,6 +17,7 @@ from ipa_train.training.callbacks.metric_logging import MetricLogging
 from ipa_train.training.checkpoint import AdapterCheckpointIO, list_checkpoints
 from ipa_train.training.csv_log import CSVLog
 from ipa_train.training.metrics import RunningMeans
+from tests.training.toy import Images, ToyTraining, make_trainer
 
 
 def fit(folder, max_steps, *, poison=(), module=None, guard=None):
