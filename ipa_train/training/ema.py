@@ -28,6 +28,10 @@ class AdapterEMA:
         self.num_updates = 0
         self.weights: dict[str, Tensor] = {}
 
+    def start(self, named_parameters: NamedParameters) -> None:
+        """Take the parameters as the average, unless there is one already."""
+        self._matching(dict(named_parameters))
+
     @torch.no_grad()
     def update(self, named_parameters: NamedParameters) -> None:
         """Move the average towards the parameters; call once after every optimizer step."""

@@ -118,6 +118,11 @@ class AdapterTraining(lightning.LightningModule):
         with self.averaged_weights():
             write_export(folder, self.adapter, self.base.attention_sites(), metadata=metadata)
 
+    def on_fit_start(self) -> None:
+        """Begin the average with the first weights, so that the checkpoint of step 0 has one."""
+        if self.ema is not None:
+            self.ema.start(self.adapter.named_parameters())
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the average follow."""
         super().optimizer_step(*args, **kwargs)

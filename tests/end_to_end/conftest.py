@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import multiprocessing
+import sys
 
 import numpy as np
 import pytest
@@ -65,12 +66,14 @@ def train_command(tiny_models, shards, tmp_path):
 
 def forked(arguments):
     """Start `ipa` in a fork of this process, which has imported everything already."""
-    process = multiprocessing.get_context("fork").Process(target=lambda: main(arguments))
+    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(arguments)))
     process.start()
     return process
 
 
 def loss_curve(run):
     """Loss by step, as logged."""
+    if not (run / "metrics.csv").exists():
+        return {}
     with (run / "metrics.csv").open() as file:
         return {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row.get("train/loss")}

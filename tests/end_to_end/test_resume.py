@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ipa_train.cli.main import main
+from ipa_train.training.checkpoint import list_checkpoints, step_of
 from tests.end_to_end.conftest import forked, loss_curve
 
 
@@ -46,18 +47,21 @@ def test_two_processes_equal_one(train_command, tmp_path, uninterrupted):
 
 
 def test_killed_at_random_moments_it_always_resumes(train_command, tmp_path):
-    """SIGKILL 20 times, during start-up, steps and saves; then the run completes with the right curve."""
+    """SIGKILL 20 times, in start-up, steps and saves; the run then ends with the curve of one that was left alone."""
     rng = random.Random(0)
-    options = ("trainer.max_steps=400", "callbacks.checkpointing.every_steps=3")
-    command = train_command("killed", *options)
+    every = "callbacks.checkpointing.every_steps=3"
+    run, moments = tmp_path / "killed", []
     for _ in range(20):
-        process = forked(command)
-        time.sleep(rng.uniform(0.2, 4.0))
+        process = forked(train_command("killed", "trainer.max_steps=100000", every))
+        time.sleep(rng.uniform(0.3, 3.0))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        if process.exitcode == 0:
-            break
-    last = forked(train_command("killed", "trainer.max_steps=401"))
-    last.join()
-    assert last.exitcode == 0
-    assert max(loss_curve(tmp_path / "killed")) == 401
+        assert process.exitcode == -signal.SIGKILL, "it must have been at work until it was killed"
+        moments.append(len(loss_curve(run)))
+    assert moments[-1] > moments[0], "it must get on between the kills"
+    steps = max(step_of(p) for p in list_checkpoints(run / "checkpoints")) + 2
+    for name in ("killed", "left_alone"):
+        process = forked(train_command(name, f"trainer.max_steps={steps}", every))
+        process.join()
+        assert process.exitcode == 0
+    assert loss_curve(run) == loss_curve(tmp_path / "left_alone")

@@ -12,7 +12,7 @@ from ipa_train.training.checkpoint import checkpoint_path, prune
 
 
 class Checkpointing(Checkpoint):
-    """Save into ``folder`` every ``every_steps`` optimizer steps and wherever training ends.
+    """Save into ``folder`` every ``every_steps`` and ``keep_every`` optimizer steps, and wherever training ends.
 
     Keeps the ``keep_last`` newest, and for good those whose step is a multiple of ``keep_every``. A module that has
     ``write_exports(folder)`` is asked to add its export to each. Saves happen between two steps only; whoever wants one
@@ -27,11 +27,8 @@ class Checkpointing(Checkpoint):
             raise ConfigError(f"callbacks.checkpointing.every_steps is {every_steps}: it must be 1 or more")
         if keep_last < 1:
             raise ConfigError(f"callbacks.checkpointing.keep_last is {keep_last}: it must be 1 or more")
-        if keep_every is not None and (keep_every < 1 or keep_every % every_steps):
-            raise ConfigError(
-                f"callbacks.checkpointing.keep_every is {keep_every}: it must be a multiple of "
-                f"every_steps={every_steps}, or null to keep the last ones only"
-            )
+        if keep_every is not None and keep_every < 1:
+            raise ConfigError(f"callbacks.checkpointing.keep_every is {keep_every}: it must be 1 or more, or null")
         self.folder = Path(folder)
         self.every_steps = every_steps
         self.keep_last = keep_last
@@ -50,7 +47,8 @@ class Checkpointing(Checkpoint):
     ) -> None:
         """Save if this step is due, or the last."""
         step = trainer.global_step
-        if step % self.every_steps == 0 or step == trainer.max_steps or trainer.should_stop:
+        due = step % self.every_steps == 0 or (self.keep_every is not None and step % self.keep_every == 0)
+        if due or step == trainer.max_steps or trainer.should_stop:
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
