@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import keyword
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         _write(sys.stderr, f"ipa: there is no verb {verb!r}.{did_you_mean(verb, VERBS)}")
         return EXIT_USER_ERROR
+    _silence_imports()
     try:
         module = importlib.import_module(f"ipa_train.cli.{verb}{'_' if keyword.iskeyword(verb) else ''}")
         parser = argparse.ArgumentParser(prog=f"ipa {verb}", description=module.__doc__)
@@ -43,10 +45,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("IPA_DEBUG"):
             raise
-        _write(sys.stderr, f"ipa {verb}: {' '.join(str(error).split())}")
+        from ipa_train.runtime.distributed import rank
+
+        # Marked and not muted: a path may be missing on one node alone.
+        who = f" (rank {rank()})" if rank() else ""
+        _write(sys.stderr, f"ipa {verb}{who}: {' '.join(str(error).split())}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return 130
+
+
+def _silence_imports() -> None:
+    """Mute, before it is imported, the one message of a library that no user of ours can do anything about."""
+    # transformers offers torchvision for image processors; ours are those of PIL, as the released adapters' were.
+    logging.getLogger("transformers.utils.import_utils").addFilter(
+        lambda record: "requires torchvision" not in record.getMessage()
+    )
 
 
 def _help() -> str:

@@ -6,7 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from ipa_train.adapter import MLPProjector, Resampler
-from ipa_train.cli.config import check_targets, config_folder, instantiate, load_config
+from ipa_train.cli.binding import check_targets, instantiate
+from ipa_train.cli.config import config_folder, load_config
 from ipa_train.errors import ConfigError
 
 REQUIRED = ["run.name=x", "data.shards=y"]
