@@ -40,7 +40,7 @@ def load_config(overrides: Sequence[str], *, config_dir: str | None = None) -> D
             raise ConfigError(f"{override!r} is no override: write key=value, e.g. run.name=first.")
     try:
         with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-            config = hydra.compose("train", [*extra, *overrides])
+            config = hydra.compose("train", [*extra, *map(_quote_ranges, overrides)])
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise ConfigError(_not_set(missing[0]))
@@ -50,6 +50,14 @@ def load_config(overrides: Sequence[str], *, config_dir: str | None = None) -> D
         raise ConfigError(_explain(error, overrides, config_dir)) from error
     check_targets(config)
     return config
+
+
+def _quote_ranges(override: str) -> str:
+    """Quote ``{00000..00010}``, which Hydra would take for a dictionary: the user's own quotes went to the shell."""
+    key, equals, value = override.partition("=")
+    if "'" in value or '"' in value:
+        return override
+    return key + equals + re.sub(r"[^,\[\]]*\{\d+\.\.\d+\}[^,\[\]]*", r"'\g<0>'", value)
 
 
 def _check_run(config: DictConfig) -> None:

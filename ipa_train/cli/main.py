@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from ipa_train.errors import UserError, did_you_mean
 from ipa_train.version import __version__
@@ -37,10 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     _silence_imports()
     try:
-        module = importlib.import_module(f"ipa_train.cli.{verb}{'_' if keyword.iskeyword(verb) else ''}")
-        parser = argparse.ArgumentParser(prog=f"ipa {verb}", description=module.__doc__)
-        parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        module.add_arguments(parser)
+        module, parser = load_verb(verb)
         return int(module.run(parser.parse_args(rest)))
     except UserError as error:
         if os.environ.get("IPA_DEBUG"):
@@ -53,6 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return 130
+
+
+def load_verb(verb: str) -> tuple[ModuleType, argparse.ArgumentParser]:
+    """Import a verb's module, with all that it needs, and make its parser."""
+    module = importlib.import_module(f"ipa_train.cli.{verb}{'_' if keyword.iskeyword(verb) else ''}")
+    parser = argparse.ArgumentParser(prog=f"ipa {verb}", description=module.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    module.add_arguments(parser)
+    return module, parser
 
 
 def _silence_imports() -> None:
