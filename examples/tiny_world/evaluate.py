@@ -50,33 +50,53 @@ class World:
 
     @torch.inference_mode()
     def generate(self, captions: list[str], images: Tensor | None, seed: int, name: str) -> Tensor:
-        """Pictures (n, 3, 32, 32) in 0..1; the noise of picture i depends on seed and i alone."""
+        """Pictures (n, 3, 32, 32) in 0..1; the noise of picture i depends on seed and i alone.
+
+        The pipeline takes one image prompt for all pictures of a call, so this is its loop, for a batch of prompts.
+        """
+        pipe = self.pipeline
+        pipe.scheduler.set_timesteps(STEPS)
         done = []
         with tqdm(total=len(captions), desc=name, unit="img") as bar:
             for start in range(0, len(captions), BATCH):
                 rows = range(start, min(start + BATCH, len(captions)))
-                options = {}
+                text, no_text = pipe.encode_prompt([captions[i] for i in rows], "cpu", 1, True, [""] * len(rows))
+                conditions = {"encoder_hidden_states": torch.cat([no_text, text])}
                 if images is not None:
                     features = self.features(images[rows.start : rows.stop])[:, None]
-                    options["ip_adapter_image_embeds"] = [torch.cat([torch.zeros_like(features), features])]
-                output = self.pipeline(
-                    [captions[i] for i in rows],
-                    num_inference_steps=STEPS,
-                    guidance_scale=GUIDANCE,
-                    generator=[torch.Generator().manual_seed(seed + i) for i in rows],
-                    output_type="pt",
-                    **options,
-                )
-                done.append(output.images.clamp(0, 1))
+                    conditions["added_cond_kwargs"] = {
+                        "image_embeds": [torch.cat([torch.zeros_like(features), features])]
+                    }
+                latents = torch.cat([torch.randn(1, 4, 8, 8, generator=_generator(seed + i)) for i in rows])
+                for t in pipe.scheduler.timesteps:
+                    without, given = pipe.unet(torch.cat([latents, latents]), t, **conditions).sample.chunk(2)
+                    prediction = without + GUIDANCE * (given - without)
+                    latents = pipe.scheduler.step(prediction, t, latents).prev_sample
+                decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+                done.append((decoded / 2 + 0.5).clamp(0, 1))
                 bar.update(len(rows))
         return torch.cat(done)
 
     @torch.inference_mode()
+    def check(self, caption: str, image: Tensor, seed: int, expected: Tensor) -> None:
+        """One picture through the pipeline's own call, which must be the one that :meth:`generate` drew."""
+        features = self.features(image[None])[:, None]
+        drawn = self.pipeline(
+            caption,
+            ip_adapter_image_embeds=[torch.cat([torch.zeros_like(features), features])],
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=_generator(seed),
+            output_type="pt",
+        ).images[0]
+        if (drawn - expected).abs().max() > 2 / 255:
+            raise SystemExit("The pipeline's own call draws another picture than the batched loop.")
+
+    @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
         """Embeddings of the tiny CLIP."""
-        processor, encoder = self.processor, self.encoder
-        pixels = processor(list((images * 255).round().byte()), return_tensors="pt").pixel_values
-        return encoder(pixels).image_embeds
+        pixels = self.processor(to_pil(images), return_tensors="pt").pixel_values
+        return self.encoder(pixels).image_embeds
 
     @torch.inference_mode()
     def score(self, pictures: Tensor, prompts: Tensor, scenes: Scenes) -> dict[str, float]:
@@ -95,6 +115,15 @@ class World:
         }
 
 
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def to_pil(pictures: Tensor) -> list[Image.Image]:
+    """Pictures (n, 3, h, w) in 0..1 as PIL images."""
+    return [Image.fromarray(array) for array in (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()]
+
+
 def draw_picture(rows: dict[str, Tensor], path: Path, columns: int = 8, scale: int = 3) -> None:
     """Rows of pictures, each named at its left."""
     cell, margin, gap = 32 * scale, 150, 6
@@ -103,10 +132,8 @@ def draw_picture(rows: dict[str, Tensor], path: Path, columns: int = 8, scale: i
     for i, (name, pictures) in enumerate(rows.items()):
         top = gap + i * (cell + gap)
         draw.text((8, top + cell / 2), name, fill="black", font=font, anchor="lm")
-        for k, picture in enumerate(pictures[:columns]):
-            array = (picture * 255).round().byte().permute(1, 2, 0).numpy()
-            image = Image.fromarray(array).resize((cell, cell), Image.Resampling.BICUBIC)
-            canvas.paste(image, (margin + k * (cell + gap), top))
+        for k, picture in enumerate(to_pil(pictures[:columns])):
+            canvas.paste(picture.resize((cell, cell), Image.Resampling.BICUBIC), (margin + k * (cell + gap), top))
     canvas.save(path)
 
 
@@ -155,6 +182,8 @@ def main() -> None:
         for name, (adapter, images) in runs.items():
             world.load(adapter)
             pictures = world.generate(captions, images, HELD_OUT_SEED + 1000 * seed, f"seed {seed}: {name}")
+            if name == "trained adapter":
+                world.check(captions[0], images[0], HELD_OUT_SEED + 1000 * seed, pictures[0])
             scores.setdefault(name, []).append(world.score(pictures, prompts, scenes))
             if seed == 0:
                 rows[name] = pictures

@@ -201,6 +201,8 @@ def save_base(out: Path, work: Path) -> None:
         safety_checker=None,
         requires_safety_checker=False,
     )
+    for part in (pipeline.vae, pipeline.unet):
+        part.register_to_config(_name_or_path="")  # else the folder of the stages
     shutil.rmtree(out, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(out)
     judge = load_file(work / "judge" / "judge.safetensors")
