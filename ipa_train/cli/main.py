@@ -63,7 +63,12 @@ def load_verb(verb: str) -> tuple[ModuleType, argparse.ArgumentParser]:
 
 
 def _silence_imports() -> None:
-    """Mute, before it is imported, the one message of a library that no user of ours can do anything about."""
+    """Mute, before they are imported, what libraries say that no user of ours can do anything about."""
+    from ipa_train.runtime.distributed import rank
+
+    if rank() or not sys.stderr.isatty():
+        # The libraries draw a bar for every folder they load, on every rank and into log files too.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # transformers offers torchvision for image processors; ours are those of PIL, as the released adapters' were.
     logging.getLogger("transformers.utils.import_utils").addFilter(
         lambda record: "requires torchvision" not in record.getMessage()
