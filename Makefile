@@ -1,5 +1,5 @@
 # Two commands for everyone: `make demo` and `make test`. Both set everything up by themselves in .venv.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
@@ -17,6 +17,7 @@ help:
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer: make PYTHON=/path/to/it")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
@@ -32,20 +33,26 @@ test: lint
 
 DEMO := outputs/demo
 SEEDS := 0 1 2
+TRAINED := $(SEEDS:%=$(DEMO)/seed%/export/ip_adapter.safetensors)
 
 demo: setup
 	$(BIN)/python -m examples.tiny_world.draw_shards --out $(DEMO)/shards
 	$(BIN)/ipa data index $(DEMO)/shards
 	@echo "Training three seeds, each on one core:"
-	$(MAKE) --no-print-directory -j 2 $(SEEDS:%=$(DEMO)/seed%/export)
+	$(MAKE) --no-print-directory -j 2 $(TRAINED)
 	$(BIN)/ipa export $(DEMO)/seed0/checkpoints/step-00000000 --dtype fp32 --out $(DEMO)/untrained
 	$(BIN)/python -m examples.tiny_world.evaluate --out $(DEMO) \
-		--trained $(SEEDS:%=$(DEMO)/seed%/export/ip_adapter.safetensors) \
+		--trained $(TRAINED) \
 		--untrained $(DEMO)/untrained/ip_adapter.safetensors
 
-$(DEMO)/seed%/export: setup
+# Seeds that are done are not trained again, interrupted ones go on.
+.SECONDARY:
+$(DEMO)/seed%/finished:
 	$(BIN)/ipa train experiment=tiny_world seed=$* run.name=demo-seed$* run.path=$(DEMO)/seed$* data.shards=$(DEMO)/shards
-	$(BIN)/ipa export $(DEMO)/seed$* --dtype fp32 --out $@
+	touch $@
+
+$(DEMO)/seed%/export/ip_adapter.safetensors: $(DEMO)/seed%/finished
+	$(BIN)/ipa export $(DEMO)/seed$* --dtype fp32 --out $(@D)
 
 demo-base: setup
 	$(BIN)/python -m examples.tiny_world.train_base

@@ -88,12 +88,12 @@ class StableDiffusion(Base):
         """
         check_pipeline_class(path, revision)
         where: dict[str, Any] = {"revision": revision, "variant": variant}
+        precision = to_dtype(dtype, option="base.dtype")
+        vae_precision = to_dtype(vae_dtype or dtype, option="base.vae_dtype")
         try:
-            unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=to_dtype(dtype), **where)
-            vae = AutoencoderKL.from_pretrained(
-                path, subfolder="vae", torch_dtype=to_dtype(vae_dtype or dtype), **where
-            )
-            text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=to_dtype(dtype), **where)
+            unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=precision, **where)
+            vae = AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=vae_precision, **where)
+            text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=precision, **where)
             tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", revision=revision)
             scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler", revision=revision)
         except (OSError, ValueError) as error:

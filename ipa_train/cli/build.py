@@ -7,7 +7,7 @@ import lightning
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from ipa_train.cli.config import instantiate
+from ipa_train.cli.binding import instantiate
 from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.errors import ConfigError
 from ipa_train.export.loadability import require_loadable
@@ -40,6 +40,11 @@ def build_module(config: DictConfig) -> AdapterTraining:
         ema=instantiate(config.ema),
         seed=config.seed,
     )
+    try:
+        # Made once for its complaints: the trainer asks for it only after the run directory has been written.
+        module.make_optimizer(module.adapter.parameters())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{config.optimizer._target_}: {error}") from error
     require_loadable(module.adapter, base.attention_sites())
     if config.adapter.init_from is not None:
         init_from(module.adapter, base.attention_sites(), Path(config.adapter.init_from), module.image_encoder)
@@ -52,7 +57,7 @@ def build_data(config: DictConfig, module: AdapterTraining) -> StreamingDataModu
         config.data, image_prompt_size=module.image_encoder.image_size, bad_samples_dir=config.run.path
     )
     if rank() == 0:
-        _ = data.index
+        _ = data.plan
     return data
 
 
@@ -62,6 +67,10 @@ def build_trainer(config: DictConfig, data: StreamingDataModule) -> lightning.Tr
     Raises:
         ConfigError: the global batch does not divide among the processes and micro-batches.
     """
+    for option in ("log_every_n_steps", "gradient_clip_val"):
+        value = config.trainer[option]
+        if value is not None and value <= 0:  # Lightning would take it for "off"
+            raise ConfigError(f"trainer.{option} must be above 0 or null, got {value}.")
     trainer: lightning.Trainer = instantiate(
         config.trainer,
         callbacks=[instantiate(node) for node in config.callbacks.values()],

@@ -1,18 +1,17 @@
-"""Composing and checking configs: the only place, with its callers in this package, that knows Hydra."""
+"""Composing configs, with the composer's complaints in one line each."""
 
-import importlib
-import inspect
+import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ipa_train.errors import ConfigError, UserError, did_you_mean
+from ipa_train.cli.binding import check_targets
+from ipa_train.errors import ConfigError, did_you_mean
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -41,99 +40,68 @@ def load_config(overrides: Sequence[str], *, config_dir: str | None = None) -> D
             raise ConfigError(f"{override!r} is no override: write key=value, e.g. run.name=first.")
     try:
         with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-            config = hydra.compose("train", [*extra, *overrides])
+            config = hydra.compose("train", [*extra, *map(_quote_ranges, overrides)])
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
-            raise ConfigError(f"{missing[0]} is not set: add {missing[0]}=... to the command.")
+            raise ConfigError(_not_set(missing[0]))
+        _check_run(config)
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, config_dir)) from error
+        raise ConfigError(_explain(error, overrides, config_dir)) from error
     check_targets(config)
     return config
 
 
-def check_targets(config: Any) -> None:
-    """Bind every ``_target_`` to its signature, so that a misspelt option in a YAML file is found before step 0."""
-    for path, node in _targets(config):
-        target = locate(node["_target_"], path)
-        signature = inspect.signature(target)
-        parameters = signature.parameters
-        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-            continue
-        for option in map(str, node):
-            if not option.startswith("_") and option not in parameters:
-                raise ConfigError(
-                    f"{path}.{option}: {node['_target_']} has no such option.{did_you_mean(option, parameters)}"
-                )
-        if not node.get("_partial_"):
-            required = [p.name for p in parameters.values() if p.default is p.empty and p.name not in node]
-            later = _FILLED_IN.get(path, ())
-            if missing := [name for name in required if name not in later]:
-                raise ConfigError(f"{path}.{missing[0]}: {node['_target_']} needs it; set {path}.{missing[0]}=...")
+def _quote_ranges(override: str) -> str:
+    """Quote ``{00000..00010}``, which Hydra would take for a dictionary: the user's own quotes went to the shell."""
+    key, equals, value = override.partition("=")
+    if "'" in value or '"' in value:
+        return override
+    return key + equals + re.sub(r"[^,\[\]]*\{\d+\.\.\d+\}[^,\[\]]*", r"'\g<0>'", value)
 
 
-# Options that are known only when the models are there.
-_FILLED_IN = {"data": ("image_prompt_size",)}
+def _check_run(config: DictConfig) -> None:
+    """The few options that no constructor sees before the run directory is made."""
+    if type(config.seed) is not int or not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed={config.seed} does not fit: give a whole number from 0 to {2**32 - 1}.")
+    config.run.name = str(config.run.name)  # a number is a name too
+    if not config.run.name.strip():
+        raise ConfigError("run.name is empty: give the run a name, e.g. run.name=first.")
 
 
-def locate(name: str, path: str) -> Any:
-    """Import what a ``_target_`` names: a class, function or class method."""
-    parts = name.split(".")
-    for split in range(len(parts) - 1, 0, -1):
-        try:
-            target = importlib.import_module(".".join(parts[:split]))
-        except ModuleNotFoundError as error:
-            if error.name is not None and not ".".join(parts[:split]).startswith(error.name):
-                raise ConfigError(f"{path}._target_={name} needs the package {error.name!r}: install it.") from error
-            continue
-        for part in parts[split:]:
-            if not hasattr(target, part):
-                raise ConfigError(f"{path}._target_={name}: no {part!r} there.{did_you_mean(part, dir(target))}")
-            target = getattr(target, part)
-        return target
-    raise ConfigError(f"{path}._target_={name}: there is no module of that name.")
+def _not_set(key: str) -> str:
+    return f"{key} is not set: add {key}=... to the command."
 
 
-def instantiate(node: Any, **extra: Any) -> Any:
-    """Build what a node describes; constructors get plain containers and raise their own ConfigError."""
-    try:
-        return hydra.utils.instantiate(node, _convert_="all", **extra)
-    except HydraException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
-
-
-def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, DictConfig):
-        if "_target_" in node:
-            yield path, node
-        for key in map(str, node):
-            yield from _targets(node[key], f"{path}.{key}" if path else key)
-
-
-def _explain(error: Exception, config_dir: str | None) -> str:
+def _explain(error: Exception, overrides: Sequence[str], config_dir: str | None) -> str:
     """Turn the composer's own words into one line with the closest name that exists."""
     text = str(error)
+    if match := re.search(r"Missing mandatory value: ([\w.]+)", text):
+        return _not_set(match[1])
     if match := re.search(r"Could not override '([\w./@-]+)'", text):
         key = match[1]
-        keys = _all_keys()
-        parent = key.rpartition(".")[0]
-        known = [k for k in keys if k.rpartition(".")[0] == parent] or list(keys)
+        keys = _known_keys(overrides)
+        siblings = [k for k in keys if k.rpartition(".")[0] == key.rpartition(".")[0]]
+        tops = [k for k in keys if "." not in k]
+        known = siblings or difflib.get_close_matches(key, keys) or tops
         return f"there is no option {key!r}.{did_you_mean(key, known)}"
-    if match := re.search(r"Could not find '(?:[\w/]*/)?(\w+)/(\w+)'", text):
+    if match := re.search(r"Could not find '(?:[\w/]*/)?(\w+)/([^'/]*)'", text):
         group, choice = match[1], match[2]
         folders = [config_folder(), *([Path(config_dir)] if config_dir else [])]
         known = [p.stem for folder in folders for p in (folder / group).glob("*.yaml")]
         return f"{group}={choice}: there is no {group}/{choice}.yaml.{did_you_mean(choice, known)}"
     if match := re.search(r"Could not find '(\w+)'", text):
-        return f"there is no group or option {match[1]!r}.{did_you_mean(match[1], _all_keys())}"
+        return f"there is no group or option {match[1]!r}.{did_you_mean(match[1], _known_keys(overrides))}"
+    if match := re.search(r"Multiple values for (\w+)", text):
+        return f"{match[1]} may be chosen once: write {match[1]}=NAME, without '+'."
     return f"cannot read the overrides: {' '.join(text.split())}"
 
 
-def _all_keys() -> list[str]:
+def _known_keys(overrides: Sequence[str]) -> list[str]:
+    """Every key that exists with the groups that the overrides choose, so far as these exist themselves."""
     with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = hydra.compose("train")
+        choices = [o for o in overrides if (config_folder() / o.replace("=", "/", 1)).with_suffix(".yaml").is_file()]
+        config = hydra.compose("train", choices)
 
     def walk(node: DictConfig, prefix: str) -> Iterator[str]:
         for key in map(str, node):

@@ -3,9 +3,11 @@
 import argparse
 import importlib
 import keyword
+import logging
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from ipa_train.errors import UserError, did_you_mean
 from ipa_train.version import __version__
@@ -34,19 +36,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         _write(sys.stderr, f"ipa: there is no verb {verb!r}.{did_you_mean(verb, VERBS)}")
         return EXIT_USER_ERROR
+    _silence_imports()
     try:
-        module = importlib.import_module(f"ipa_train.cli.{verb}{'_' if keyword.iskeyword(verb) else ''}")
-        parser = argparse.ArgumentParser(prog=f"ipa {verb}", description=module.__doc__)
-        parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        module.add_arguments(parser)
+        module, parser = load_verb(verb)
         return int(module.run(parser.parse_args(rest)))
     except UserError as error:
         if os.environ.get("IPA_DEBUG"):
             raise
-        _write(sys.stderr, f"ipa {verb}: {' '.join(str(error).split())}")
+        from ipa_train.runtime.distributed import rank
+
+        # Marked and not muted: a path may be missing on one node alone.
+        who = f" (rank {rank()})" if rank() else ""
+        _write(sys.stderr, f"ipa {verb}{who}: {' '.join(str(error).split())}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return 130
+
+
+def load_verb(verb: str) -> tuple[ModuleType, argparse.ArgumentParser]:
+    """Import a verb's module, with all that it needs, and make its parser."""
+    module = importlib.import_module(f"ipa_train.cli.{verb}{'_' if keyword.iskeyword(verb) else ''}")
+    parser = argparse.ArgumentParser(prog=f"ipa {verb}", description=module.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    module.add_arguments(parser)
+    return module, parser
+
+
+def _silence_imports() -> None:
+    """Mute, before they are imported, what libraries say that no user of ours can do anything about."""
+    from ipa_train.runtime.distributed import rank
+
+    if rank() or not sys.stderr.isatty():
+        # The libraries draw a bar for every folder they load, on every rank and into log files too.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # transformers offers torchvision for image processors; ours are those of PIL, as the released adapters' were.
+    logging.getLogger("transformers.utils.import_utils").addFilter(
+        lambda record: "requires torchvision" not in record.getMessage()
+    )
 
 
 def _help() -> str:

@@ -58,7 +58,11 @@ class CLIPImageEncoder(nn.Module):
                     "cannot load it as an image encoder; give a CLIPVisionModelWithProjection."
                 )
             model, report = CLIPVisionModelWithProjection.from_pretrained(
-                path, subfolder=subfolder, dtype=to_dtype(dtype), revision=revision, output_loading_info=True
+                path,
+                subfolder=subfolder,
+                dtype=to_dtype(dtype, option="image_encoder.dtype"),
+                revision=revision,
+                output_loading_info=True,
             )
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, ConfigError):

@@ -54,6 +54,9 @@ class StreamingDataModule(lightning.LightningDataModule):
         super().__init__()
         if num_workers < 0:
             raise ConfigError(f"data.num_workers must be at least 0, got {num_workers}.")
+        for name, value in (("global_batch_size", global_batch_size), ("prefetch_factor", prefetch_factor)):
+            if value < 1:
+                raise ConfigError(f"data.{name} must be at least 1, got {value}.")
         self.decoder = Decoder(
             resolution=resolution,
             image_prompt_size=image_prompt_size,
@@ -94,6 +97,11 @@ class StreamingDataModule(lightning.LightningDataModule):
                 _log.warning("data: %d samples without an image or a caption are left out", incomplete)
         return self._index
 
+    @property
+    def plan(self) -> Plan:
+        """The order of the samples."""
+        return Plan(self.index.counts, seed=self.seed, num_lanes=self.num_lanes, window_size=self.window_size)
+
     def setup(self, stage: str) -> None:
         """Open this rank's log of bad samples."""
         path = None
@@ -115,7 +123,7 @@ class StreamingDataModule(lightning.LightningDataModule):
 
     def loader(self, start: int, *, rank: int = 0, world_size: int = 1, workers: int = 0) -> DataLoader[LoadedBatch]:
         """Batches of one rank from position ``start`` on; needs no trainer."""
-        plan = Plan(self.index.counts, seed=self.seed, num_lanes=self.num_lanes, window_size=self.window_size)
+        plan = self.plan
         share = self.global_batch_size // world_size // self.accumulate_grad_batches(world_size)
         sampler = StreamSampler(
             plan,

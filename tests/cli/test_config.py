@@ -3,10 +3,12 @@
 import shutil
 
 import pytest
+from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from ipa_train.adapter import MLPProjector, Resampler
-from ipa_train.cli.config import check_targets, config_folder, instantiate, load_config
+from ipa_train.cli.binding import check_targets, instantiate
+from ipa_train.cli.config import config_folder, load_config
 from ipa_train.errors import ConfigError
 
 REQUIRED = ["run.name=x", "data.shards=y"]
@@ -66,6 +68,21 @@ def test_experiments_choose_the_official_shapes():
         (["~data.global_batch_size"], r"data\.global_batch_size: .* needs it"),
         (["base._target_=ipa_train.bases.StableDifusion"], "no 'StableDifusion' there. Did you mean 'StableDiffusion'"),
         (["data.shards=[a"], "cannot read the overrides"),
+        (["zzz=1"], "there is no option 'zzz'. Allowed: adapter, base,"),
+        (["logger=wandb", "logger.wandb.oflne=true"], r"Did you mean 'logger\.wandb\.offline'"),
+        (["lr_schedule="], r"there is no lr_schedule/\.yaml\. Allowed: constant, cosine, linear"),
+        (["+experiment=sd15_plus"], "experiment may be chosen once"),
+        (["data.num_workers=two"], r"data\.num_workers=two does not fit: give int"),
+        (["data.shards=5"], r"data\.shards=5 does not fit"),
+        (["base.gradient_checkpointing=yess"], "does not fit: give bool"),
+        (["optimizer.lr=fast"], r"optimizer\.lr=fast does not fit: give float"),
+        (["optimizer.betas=[0.9]"], r"optimizer\.betas=\[0\.9\] does not fit"),
+        (["trainer.max_steps=1e6"], r"trainer\.max_steps=1000000\.0 does not fit: give int"),
+        (["trainer.precision=bf17"], r"trainer\.precision=bf17 does not fit: give .*bf16-true"),
+        (["logger.csv.path=null"], r"logger\.csv\.path=null does not fit: give str"),
+        (["seed=abc"], "seed=abc does not fit: give a whole number"),
+        (["seed=-1"], "seed=-1 does not fit"),
+        (["run.name=''"], r"run\.name is empty"),
     ],
 )
 def test_mistakes_get_one_line(overrides, message):
@@ -77,6 +94,35 @@ def test_mistakes_get_one_line(overrides, message):
 def test_what_must_be_set_is_named():
     with pytest.raises(ConfigError, match=r"data\.shards is not set: add data\.shards="):
         load_config(["run.name=x"])
+    with pytest.raises(ConfigError, match=r"^run\.name is not set: add run\.name="):
+        load_config(["data.shards=y"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("/data/{00000..41000}.tar", "/data/{00000..41000}.tar"),
+        ("'/data/{00000..41000}.tar'", "/data/{00000..41000}.tar"),
+        ("/my data/{0..9}/{00..99}.tar", "/my data/{0..9}/{00..99}.tar"),
+        ("[/a/{0..1}.tar,/b/*.tar]", ["/a/{0..1}.tar", "/b/*.tar"]),
+    ],
+)
+def test_ranges_of_shards_need_no_second_quotes(typed, value):
+    assert load_config(["run.name=x", f"data.shards={typed}"]).data.shards == value
+
+
+def test_a_number_is_a_name():
+    config = load_config(["run.name=7", "data.shards=y", "logger=wandb"])
+    assert (config.run.name, config.logger.wandb.name, config.run.path) == ("7", "7", "outputs/7")
+
+
+def test_what_another_library_refuses_is_the_users_and_what_ours_trips_over_is_not():
+    node = load_config(["trainer.strategy=dpp", *REQUIRED]).trainer
+    with pytest.raises(ConfigError, match=r"lightning\.Trainer: .*strategy='dpp'"):
+        instantiate(node)
+    node = OmegaConf.create({"_target_": "ipa_train.training.ema.AdapterEMA", "decay": "high"})
+    with pytest.raises(InstantiationException):
+        instantiate(node)
 
 
 def test_a_typo_inside_a_yaml_file_is_found(tmp_path):

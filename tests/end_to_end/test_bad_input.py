@@ -40,6 +40,14 @@ def refused(capfd, tmp_path):
         ("data.shards=/nowhere", "data.shards=/nowhere: 1 of 1 shards missing"),
         ("adapter.init_from=/nowhere.bin", "/nowhere.bin: no such file"),
         ("trainer.max_stepz=3", "Did you mean 'trainer.max_steps'"),
+        ("trainer.max_steps=-5", "lightning.Trainer: `max_steps` must be"),
+        ("trainer.log_every_n_steps=0", "trainer.log_every_n_steps must be above 0"),
+        ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val must be above 0"),
+        ("optimizer.lr=-1", "torch.optim.AdamW: Invalid learning rate: -1"),
+        ("data.window_size=0", "data.window_size must be at least 1"),
+        ("data.global_batch_size=0", "data.global_batch_size must be at least 1"),
+        ("base.dtype=bflot16", "base.dtype='bflot16' is not a precision. Did you mean 'bfloat16'"),
+        ("image_encoder.dtype=flot32", "image_encoder.dtype='flot32' is not a precision. Did you mean 'float32'"),
     ],
 )
 def test_wrong_options(override, message, train_command, refused, tmp_path):
