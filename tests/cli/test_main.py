@@ -64,6 +64,10 @@ def test_one_node_alone_can_say_what_it_lacks(failing_verb, capsys, monkeypatch)
 def test_an_interrupt_is_no_traceback_and_a_fault_of_ours_is(failing_verb):
     failing_verb(KeyboardInterrupt())
     assert main(["import", "x"]) == 130
+    lightnings = SystemExit(1)
+    lightnings.__context__ = KeyboardInterrupt()
+    failing_verb(lightnings)
+    assert main(["import", "x"]) == 130
     failing_verb(ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
         main(["import", "x"])
