@@ -98,8 +98,8 @@ class ResamplerLayer(nn.Module):
 class Resampler(Projector):
     """Perceiver resampler of the "plus" variants: (b, s, feature_dim) -> (b, num_tokens, context_dim).
 
-    ``dim`` and ``heads`` default to what the released SD 1.5 files have and Tencent's classes expect: the text width,
-    and one head for each 64 of it. Loaders hard-code depth 4, ff_mult 4 and dim_head 64 (another dim_head loads
+    ``dim`` and ``heads`` default to what the released SD 1.5 files have and Tencent's classes and ComfyUI expect of any
+    base but SDXL: the text width, and 12 heads. Loaders hard-code depth 4, ff_mult 4 and dim_head 64 (another dim_head loads
     silently with the wrong number of heads), so these are no options.
     """
 
@@ -116,11 +116,10 @@ class Resampler(Projector):
         context_dim: int,
         num_tokens: int = 16,
         dim: int | None = None,
-        heads: int | None = None,
+        heads: int = 12,
     ) -> None:
         super().__init__(feature_dim=feature_dim, context_dim=context_dim)
         dim = context_dim if dim is None else dim
-        heads = max(1, dim // self.dim_head) if heads is None else heads
         for name, size in (("num_tokens", num_tokens), ("dim", dim), ("heads", heads)):
             if size < 1:
                 raise ConfigError(f"adapter.{name} must be at least 1, got {size}.")

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TextIO
 
 from ipa_train.errors import UserError, did_you_mean
 from ipa_train.version import __version__
@@ -85,8 +86,8 @@ def _help() -> str:
     return "\n".join([*lines, *(f"  {verb:<8}{what}" for verb, what in VERBS.items())])
 
 
-def _write(stream: object, text: str) -> None:
-    print(text, file=stream)  # type: ignore[call-overload]
+def _write(stream: TextIO, text: str) -> None:
+    stream.write(f"{text}\n")
 
 
 if __name__ == "__main__":

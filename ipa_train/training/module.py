@@ -140,9 +140,9 @@ class AdapterTraining(lightning.LightningModule):
         The stream has no epochs, and the run may go on with another number of micro-batches per step: Lightning would
         take its old count of them for a place within the next step.
         """
-        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"] = dict.fromkeys(
-            ("ready", "started", "processed", "completed"), 0
-        )
+        for count in ("total", "current"):
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"][count]
+            progress.update(dict.fromkeys(progress, 0))
         if self.ema is not None and "ema" in checkpoint:
             self.ema.load_state_dict(checkpoint["ema"])
 

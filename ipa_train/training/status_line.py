@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from collections.abc import Mapping
 
 from tqdm import tqdm
@@ -19,6 +20,7 @@ class StatusLine:
     def start(self, step: int, max_steps: int) -> None:
         """Begin at ``step`` of ``max_steps`` (-1: no limit)."""
         self.max_steps = max_steps
+        self._first_step, self._began = step, time.perf_counter()
         if self.progress:
             total = max_steps if max_steps > 0 else None
             self._bar = tqdm(total=total, initial=step, unit="step", desc="train", dynamic_ncols=True, mininterval=0.5)
@@ -33,7 +35,14 @@ class StatusLine:
         if self._bar is not None:
             self._bar.set_postfix_str(describe(metrics))
         else:
-            _log.info("step %d%s: %s", step, f"/{self.max_steps}" if self.max_steps > 0 else "", describe(metrics))
+            of = f"/{self.max_steps}" if self.max_steps > 0 else ""
+            _log.info("step %d%s: %s%s", step, of, describe(metrics), self._time_left(step))
+
+    def _time_left(self, step: int) -> str:
+        if self.max_steps <= 0 or step <= self._first_step:
+            return ""
+        seconds = (time.perf_counter() - self._began) / (step - self._first_step) * (self.max_steps - step)
+        return f"  {tqdm.format_interval(int(seconds))} left"
 
     def close(self) -> None:
         """Leave the console in order."""

@@ -37,6 +37,17 @@ def test_resumed_with_other_workers_is_bit_equal(train_command, tmp_path, uninte
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_resumed_with_micro_batches_it_takes_the_same_steps(train_command, tmp_path, uninterrupted):
+    """Stopped after an odd number of steps, so that an old count of micro-batches would shift the new steps."""
+    for max_steps, batch_size in ((3, "null"), (4, 2), (6, 1)):
+        options = (f"trainer.max_steps={max_steps}", f"data.batch_size={batch_size}")
+        assert main(train_command("micro", *options)) == 0
+    whole, parts = loss_curve(uninterrupted), loss_curve(tmp_path / "micro")
+    assert whole.keys() == parts.keys()
+    for step, loss in whole.items():
+        assert float(parts[step]) == pytest.approx(float(loss), rel=1e-5)
+
+
 def test_two_processes_equal_one(train_command, tmp_path, uninterrupted):
     command = train_command("two", "trainer.max_steps=6", "trainer.devices=2", "trainer.strategy=ddp")
     subprocess.run([sys.executable, "-m", "ipa_train.cli.main", *command], check=True, timeout=300)
