@@ -98,9 +98,9 @@ class ResamplerLayer(nn.Module):
 class Resampler(Projector):
     """Perceiver resampler of the "plus" variants: (b, s, feature_dim) -> (b, num_tokens, context_dim).
 
-    ``dim`` and ``heads`` default to what the released SD 1.5 files have and Tencent's classes and ComfyUI expect of any
-    base but SDXL: the text width, and 12 heads. Loaders hard-code depth 4, ff_mult 4 and dim_head 64 (another dim_head loads
-    silently with the wrong number of heads), so these are no options.
+    ``dim`` and ``heads`` default to what the released SD 1.5 files have, and Tencent's classes and ComfyUI expect of
+    any base but SDXL: the text width, and 12 heads. Loaders hard-code depth 4, ff_mult 4 and dim_head 64 (another
+    dim_head loads silently with the wrong number of heads), so these are no options.
     """
 
     variant = "plus"

@@ -22,6 +22,7 @@ VERBS = {
     "data": "tools over shards: index",
 }
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _write(sys.stderr, f"ipa {verb}{who}: {' '.join(str(error).split())}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes exit(1) of it
+            return EXIT_INTERRUPTED
+        raise
 
 
 def load_verb(verb: str) -> tuple[ModuleType, argparse.ArgumentParser]:

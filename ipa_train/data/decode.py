@@ -122,12 +122,18 @@ def resize_and_crop(
 ) -> UInt8[Tensor, "c h w"]:
     """The square of ``size`` at ``corner`` (top, left) of the picture resized to a shorter side of ``size``."""
     height, width = resized_size(image, size)
-    rows, columns = image.height / height, image.width / width
     top, left = corner
+    if (height, width) == (image.height, image.width):  # stored at the training size
+        return _to_tensor(image.crop((left, top, left + size, top + size)))
+    rows, columns = image.height / height, image.width / width
     box = (left * columns, top * rows, (left + size) * columns, (top + size) * rows)
     box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-    resized: ndarray = np.asarray(image.resize((size, size), filter_, box=box))
-    return torch.from_numpy(resized.copy()).permute(2, 0, 1).contiguous()
+    return _to_tensor(image.resize((size, size), filter_, box=box))
+
+
+def _to_tensor(image: Image.Image) -> UInt8[Tensor, "c h w"]:
+    channels_first: ndarray = np.asarray(image).transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(channels_first))
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:

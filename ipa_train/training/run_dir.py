@@ -49,7 +49,16 @@ MAY_DIFFER = (
     "data.batch_size",
     "data.num_workers",
     "data.prefetch_factor",
-    "data.pin_memory",
+    "base.gradient_checkpointing",
+    # Where the shards lie; that they are the same ones is held by the data module's own state.
+    "data.shards",
+    "data.index_dir",
+    "data.allow_index_change",
+    "data.allow_missing_stats",
+    # What is tolerated, which one learns when a run has stopped.
+    "data.max_bad_rate",
+    "data.max_pixels",
+    "data.max_member_bytes",
 )
 """Config keys, and all below them, that may change when a run is resumed. Any other change is another run."""
 

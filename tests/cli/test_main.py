@@ -38,31 +38,35 @@ def test_help_and_version_need_no_torch():
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself(verb, capsys):
+def test_every_verb_explains_itself(verb, capfd):
     with pytest.raises(SystemExit) as done:
         main([verb, "--help"])
     assert done.value.code == 0
-    assert f"usage: ipa {verb}" in capsys.readouterr().out
+    assert f"usage: ipa {verb}" in capfd.readouterr().out
 
 
-def test_a_users_mistake_is_one_line(failing_verb, capsys, monkeypatch):
+def test_a_users_mistake_is_one_line(failing_verb, capfd, monkeypatch):
     failing_verb(ConfigError("too\n  much"))
     assert main(["import", "x"]) == 2
-    assert capsys.readouterr().err == "ipa import: too much\n"
+    assert capfd.readouterr().err == "ipa import: too much\n"
     monkeypatch.setenv("IPA_DEBUG", "1")
     with pytest.raises(ConfigError):
         main(["import", "x"])
 
 
-def test_one_node_alone_can_say_what_it_lacks(failing_verb, capsys, monkeypatch):
+def test_one_node_alone_can_say_what_it_lacks(failing_verb, capfd, monkeypatch):
     failing_verb(ConfigError("no such folder"))
     monkeypatch.setenv("SLURM_PROCID", "7")
     assert main(["import", "x"]) == 2
-    assert capsys.readouterr().err == "ipa import (rank 7): no such folder\n"
+    assert capfd.readouterr().err == "ipa import (rank 7): no such folder\n"
 
 
 def test_an_interrupt_is_no_traceback_and_a_fault_of_ours_is(failing_verb):
     failing_verb(KeyboardInterrupt())
+    assert main(["import", "x"]) == 130
+    lightnings = SystemExit(1)
+    lightnings.__context__ = KeyboardInterrupt()
+    failing_verb(lightnings)
     assert main(["import", "x"]) == 130
     failing_verb(ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):

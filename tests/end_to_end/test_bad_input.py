@@ -97,6 +97,18 @@ def test_finished_and_foreign_runs(train_command, refused, tmp_path):
     assert (tmp_path / "first" / "checkpoints" / "step-00000001").is_dir()
 
 
+def test_other_shards_are_refused_and_moved_ones_are_not(train_command, shards, tmp_path, capfd):
+    assert main(train_command("moved", "trainer.max_steps=1")) == 0
+    moved = shutil.copytree(shards, tmp_path / "moved_shards")
+    assert main(train_command("moved", "trainer.max_steps=2", f"data.shards={moved}")) == 0
+    (moved / "00002.tar").unlink()
+    capfd.readouterr()
+    assert main(train_command("moved", "trainer.max_steps=3", f"data.shards={moved}")) == 2
+    assert "data.shards are not the ones of the checkpoint" in capfd.readouterr().err
+    allowed = train_command("moved", "trainer.max_steps=3", f"data.shards={moved}", "data.allow_index_change=true")
+    assert main(allowed) == 0
+
+
 def test_other_verbs(refused, tiny_models, tmp_path, capfd):
     assert "neither a checkpoint nor a run" in refused(["export", str(tmp_path), "--out", str(tmp_path / "out")])
     assert "no such file" in refused(["import", "nothing.bin"])
