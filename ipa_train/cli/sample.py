@@ -5,6 +5,8 @@ ipa sample --adapter exported/ip_adapter.safetensors --image photo.jpg --prompt 
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -62,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         device=device,
     )
     pipeline.set_ip_adapter_scale(args.scale)
+    with _writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for row, (path, prompt) in enumerate(zip(args.image, prompts, strict=True)):
         images = pipeline(
@@ -94,9 +98,13 @@ def _open(path: Path) -> Image.Image:
 
 
 def _save(image: Image.Image, path: Path) -> None:
+    with _writing(path.parent), atomic_write(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            image.save(temporary, format="PNG")
+        yield
     except OSError as error:
-        raise ConfigError(f"--out {path.parent}: cannot write there: {error.strerror or error}.") from error
+        raise ConfigError(f"--out {folder}: cannot write there: {error.strerror or error}.") from error
