@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from ipa_train.cli.binding import instantiate
 from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.errors import ConfigError
+from ipa_train.export.description import describe_adapter
 from ipa_train.export.loadability import require_loadable
 from ipa_train.export.warm_start import init_from
 from ipa_train.runtime.distributed import rank
@@ -45,7 +46,7 @@ def build_module(config: DictConfig) -> AdapterTraining:
         module.make_optimizer(module.adapter.parameters())
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{config.optimizer._target_}: {error}") from error
-    require_loadable(module.adapter, base.attention_sites())
+    require_loadable(describe_adapter(module.adapter, base.attention_sites()), source="adapter")
     if config.adapter.init_from is not None:
         init_from(module.adapter, base.attention_sites(), Path(config.adapter.init_from), module.image_encoder)
     return module

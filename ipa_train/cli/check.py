@@ -18,7 +18,7 @@ from ipa_train.cli.build import build_data, build_module, build_trainer, describ
 from ipa_train.cli.config import load_config
 from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.errors import DataError
-from ipa_train.export.layouts import describe, to_interchange
+from ipa_train.export.description import describe_adapter
 from ipa_train.export.loadability import loadability
 from ipa_train.runtime.logging import setup_logging
 from ipa_train.training.module import AdapterTraining
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     share = data.global_batch_size // trainer.world_size // accumulate
     _say("batch", f"{trainer.world_size} processes x {accumulate} micro-batches x {share} samples")
     _run_one_batch(config, module, data, share)
-    for verdict in loadability(describe(to_interchange(module.adapter, module.base.attention_sites()), source="check")):
+    for verdict in loadability(describe_adapter(module.adapter, module.base.attention_sites())):
         _say("result", f"{verdict.loader}: {'will load it' if verdict.ok else '; '.join(verdict.reasons)}")
     _say("", "all good")
     return 0

@@ -1,28 +1,32 @@
-"""Write a checkpoint's adapter as .safetensors and .bin in the interchange layout.
+"""Write an adapter as .safetensors and .bin in the interchange layout.
 
     ipa export outputs/first --dtype fp16 --out exported
+    ipa export pytorch_model.bin --out exported
 
 diffusers, ComfyUI and Tencent's code load the result unchanged. Every checkpoint already holds an fp32 export of the
-averaged weights; this verb gives another precision, or the weights before averaging.
+averaged weights; this verb gives another precision, or the weights before averaging. Given a file, it rewrites that: an
+adapter in any layout that `ipa import` reads, among them the dumps of Tencent's training scripts.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
-from ipa_train.errors import CheckpointError, ExportError
+from ipa_train.errors import CheckpointError, ConfigError, ExportError
+from ipa_train.export.description import describe
 from ipa_train.export.file import NAME, read_adapter_file, write_state
-from ipa_train.export.layouts import describe
-from ipa_train.export.loadability import loadability
+from ipa_train.export.loadability import loadability, require_loadable
 from ipa_train.training.checkpoint import newest_valid, verify
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("source", type=Path, help="a run's folder (its newest checkpoint), or one checkpoint's folder")
+    parser.add_argument("source", type=Path, help="a run (its newest checkpoint), a checkpoint, or an adapter's file")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16")
     parser.add_argument("--no-ema", action="store_true", help="the trained weights, not their average")
@@ -30,22 +34,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what was written."""
+    if (args.out / "manifest.json").exists():
+        raise ExportError(f"--out {args.out}: this is a checkpoint, which an export there would damage; name another.")
+    state, metadata = _read_file(args) if args.source.is_file() else _read_checkpoint(args)
+    description = describe(state, source=str(args.source))
+    require_loadable(description, source=str(args.source))
+    try:
+        paths = write_state(args.out, state, dtype=args.dtype, metadata=metadata)
+    except OSError as error:
+        raise ExportError(f"--out {args.out}: cannot write there: {error.strerror or error}.") from error
+    for path in paths:
+        sys.stdout.write(f"{path}  {path.stat().st_size / 1e6:.1f} MB\n")
+    for verdict in loadability(description):
+        sys.stdout.write(f"{verdict.loader}: {'loads' if verdict.ok else '; '.join(verdict.reasons)}\n")
+    return 0
+
+
+def _read_file(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if args.no_ema:
+        raise ConfigError(f"--no-ema chooses among a checkpoint's weights, and {args.source} is one adapter: leave it.")
+    state, metadata = read_adapter_file(args.source)
+    return state, {key: value for key, value in metadata.items() if key != "state_names"}
+
+
+def _read_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Any]]:
     checkpoint = _find_checkpoint(args.source)
     _, metadata = read_adapter_file(checkpoint / f"{NAME}.safetensors")
     names = json.loads(metadata.pop("state_names"))
     averaged = (checkpoint / "ema.safetensors").exists() and not args.no_ema
     weights = load_file(checkpoint / ("ema.safetensors" if averaged else "adapter.safetensors"))
     weights = {name.removeprefix("adapter."): weight for name, weight in weights.items()}
-    state = {names[name]: weights[name] for name in names}
-    verdicts = loadability(describe(state, source=str(checkpoint)))
-    if not verdicts[0].ok:
-        raise ExportError(f"{checkpoint}: diffusers would not load this adapter: {'; '.join(verdicts[0].reasons)}.")
-    paths = write_state(args.out, state, dtype=args.dtype, metadata=metadata | {"ema": averaged})
-    for path in paths:
-        sys.stdout.write(f"{path}  {path.stat().st_size / 1e6:.1f} MB\n")
-    for verdict in verdicts:
-        sys.stdout.write(f"{verdict.loader}: {'loads' if verdict.ok else '; '.join(verdict.reasons)}\n")
-    return 0
+    return {theirs: weights[ours] for ours, theirs in names.items()}, metadata | {"ema": averaged}
 
 
 def _find_checkpoint(source: Path) -> Path:

@@ -9,11 +9,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from ipa_train.export.description import describe
 from ipa_train.export.file import read_adapter_file
-from ipa_train.export.layouts import describe
 from ipa_train.export.loadability import loadability
 
-_BASES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+# By text width and number of sites.
+_BASES = {(768, 16): "SD 1.x", (1024, 16): "SD 2.x", (2048, 70): "SDXL or Kolors"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +27,11 @@ def run(args: argparse.Namespace) -> int:
     state, metadata = read_adapter_file(args.file)
     found = describe(state, source=str(args.file))
     tokens = "one per hidden state" if found.num_tokens is None else str(found.num_tokens)
+    num_sites = len(found.site_dims)
+    base = _BASES.get((found.context_dim, num_sites), "unknown")
     facts = {
         "variant": found.variant,
-        "base": f"{_BASES.get(found.context_dim, 'unknown')} (text width {found.context_dim}, {found.num_sites} sites)",
+        "base": f"{base} (text width {found.context_dim}, {num_sites} sites)",
         "image features": f"width {found.feature_dim}",
         "image tokens": tokens,
         "parameters": f"{found.num_parameters:,}",
@@ -37,5 +40,8 @@ def run(args: argparse.Namespace) -> int:
     facts |= {v.loader: "loads" if v.ok else "; ".join(v.reasons) for v in loadability(found)}
     facts |= {name: text for name, text in metadata.items() if name not in ("format", "state_names")}
     width = max(len(name) for name in facts)
-    sys.stdout.writelines(f"{name:<{width}}  {text}\n" for name, text in facts.items())
+    for name, text in facts.items():
+        # Somebody else's metadata must not move the cursor or end the line.
+        printable = "".join(c if c.isprintable() else " " for c in f"{name:<{width}}  {text}")
+        sys.stdout.write(f"{printable}\n")
     return 0

@@ -5,12 +5,18 @@ ipa sample --adapter exported/ip_adapter.safetensors --image photo.jpg --prompt 
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
 
-from ipa_train.errors import ConfigError
+from ipa_train.data.decode import decode_image
+from ipa_train.errors import ConfigError, DataError
+from ipa_train.runtime.files import atomic_write
+
+_MAX_PIXELS = 200_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate, write PNGs and a grid."""
     from ipa_train.eval.generate import grid, load_pipeline, seeds
-    from ipa_train.runtime.precision import to_dtype
 
     if args.size < 8 or args.size % 8:
         raise ConfigError(f"--size {args.size} must be a multiple of 8.")
@@ -55,13 +60,14 @@ def run(args: argparse.Namespace) -> int:
         args.adapter,
         args.image_encoder,
         subfolder=subfolder,
-        dtype=to_dtype(args.dtype or ("bfloat16" if device == "cuda" else "float32")),
+        dtype=args.dtype or ("bfloat16" if device == "cuda" else "float32"),
         device=device,
     )
     pipeline.set_ip_adapter_scale(args.scale)
-    args.out.mkdir(parents=True, exist_ok=True)
+    with _writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for path, prompt in zip(args.image, prompts, strict=True):
+    for row, (path, prompt) in enumerate(zip(args.image, prompts, strict=True)):
         images = pipeline(
             prompt=args.prompt,
             negative_prompt=args.negative_prompt,
@@ -74,16 +80,31 @@ def run(args: argparse.Namespace) -> int:
             generator=seeds(args.seed, args.num),
         ).images
         for i, image in enumerate(images):
-            image.save(args.out / f"{path.stem}-{args.seed + i}.png")
+            # With the row's number, since pictures of several folders may have one name.
+            _save(image, args.out / f"{row}-{path.stem}-{args.seed + i}.png")
         rows.append([ImageOps.fit(prompt, (args.size, args.size)), *images])
     label = f"image prompt, then {args.prompt!r} at scale {args.scale}"
-    grid(rows, [label] * len(rows), cell=min(args.size, 256)).save(args.out / "grid.png")
+    _save(grid(rows, [label] * len(rows), cell=min(args.size, 256)), args.out / "grid.png")
     sys.stdout.write(f"{len(rows) * args.num} pictures and grid.png in {args.out}\n")
     return 0
 
 
 def _open(path: Path) -> Image.Image:
+    """The picture upright and on white, as in training."""
     try:
-        return Image.open(path).convert("RGB")
+        return decode_image(path.read_bytes(), max_pixels=_MAX_PIXELS)
+    except (OSError, DataError) as error:
+        raise ConfigError(f"--image {path}: no picture that can be read: {error}.") from error
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    with _writing(path.parent), atomic_write(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise ConfigError(f"--image {path}: no picture that can be read ({error}).") from error
+        raise ConfigError(f"--out {folder}: cannot write there: {error.strerror or error}.") from error

@@ -45,6 +45,7 @@ class CLIPImageEncoder(nn.Module):
             ConfigError: nothing there to load, or not a CLIP vision model with a projection.
         """
         where = f"image_encoder.path={path}" + (f" (subfolder {subfolder})" if subfolder else "")
+        precision = to_dtype(dtype, option="image_encoder.dtype")
         try:
             config = AutoConfig.from_pretrained(path, subfolder=subfolder, revision=revision)
             if config.model_type not in ("clip_vision_model", "clip"):
@@ -58,11 +59,7 @@ class CLIPImageEncoder(nn.Module):
                     "cannot load it as an image encoder; give a CLIPVisionModelWithProjection."
                 )
             model, report = CLIPVisionModelWithProjection.from_pretrained(
-                path,
-                subfolder=subfolder,
-                dtype=to_dtype(dtype, option="image_encoder.dtype"),
-                revision=revision,
-                output_loading_info=True,
+                path, subfolder=subfolder, dtype="auto", revision=revision, output_loading_info=True
             )
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, ConfigError):
@@ -75,7 +72,10 @@ class CLIPImageEncoder(nn.Module):
         if report["missing_keys"]:
             some = ", ".join(sorted(report["missing_keys"])[:3])
             raise ConfigError(f"{where}: {len(report['missing_keys'])} weights are missing, e.g. {some}.")
-        return cls(model, path=str(path))
+        encoder = cls(model, path=str(path))
+        _ = encoder._weights_sha256  # of the weights as they are stored, before they are rounded
+        encoder.model.to(precision)
+        return encoder
 
     def feature_dim(self, kind: FeatureKind) -> int:
         """Width of the features of this kind."""
@@ -118,11 +118,11 @@ class CLIPImageEncoder(nn.Module):
 
     @cached_property
     def _weights_sha256(self) -> str:
-        """Hash of the weights rounded to bf16, so that it does not depend on the precision they were loaded in."""
+        """Hash of the weights rounded to fp16: fp32 and fp16 files of one model are the same encoder."""
         digest = hashlib.sha256()
         for name, weight in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
-            digest.update(weight.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+            digest.update(weight.to("cpu", torch.float16).contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def train(self, mode: bool = True) -> "CLIPImageEncoder":

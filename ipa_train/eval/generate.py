@@ -16,10 +16,10 @@ from ipa_train.adapter.projector import FeatureKind
 from ipa_train.bases import StableDiffusion
 from ipa_train.conditioning import CLIPImageEncoder
 from ipa_train.errors import ConfigError
-from ipa_train.export.file import read_adapter_file
-from ipa_train.export.layouts import describe
-from ipa_train.export.loadability import loadability
-from ipa_train.export.warm_start import check_image_encoder
+from ipa_train.export.description import describe
+from ipa_train.export.file import nested, read_adapter_file
+from ipa_train.export.loadability import require_loadable
+from ipa_train.export.warm_start import check_image_encoder, check_sites
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def generate(
     pipeline.set_progress_bar_config(disable=True)
     # The pipeline runs the unconditional half of a batch first.
     both = torch.cat([null_tokens, tokens]) if guidance_scale > 1.0 else tokens
-    return pipeline(
+    latents = pipeline(
         prompt=list(prompts),
         height=size,
         width=size,
@@ -55,7 +55,11 @@ def generate(
         guidance_scale=guidance_scale,
         generator=seeds(seed, len(prompts)),
         cross_attention_kwargs={"ip_hidden_states": both.to(base.dtype)},
+        output_type="latent",
     ).images
+    # Decoded here because the pipeline cannot: base.vae_dtype may differ from the precision of the latents.
+    decoded = base.vae.decode(latents.to(base.vae.dtype) / base.vae.config.scaling_factor).sample
+    return pipeline.image_processor.postprocess(decoded.float(), output_type="pil")
 
 
 def seeds(seed: int, count: int) -> list[torch.Generator]:
@@ -64,20 +68,17 @@ def seeds(seed: int, count: int) -> list[torch.Generator]:
 
 
 def load_pipeline(
-    base: str, adapter_file: Path, image_encoder: str, *, subfolder: str = "", dtype: torch.dtype, device: str
+    base: str, adapter_file: Path, image_encoder: str, *, subfolder: str = "", dtype: str, device: str
 ) -> StableDiffusionPipeline:
-    """Plain diffusers with an adapter file in it, through ``load_ip_adapter``.
+    """Plain diffusers with an adapter in it, through ``load_ip_adapter``.
 
     Raises:
         ConfigError, ExportError: the base, encoder or file cannot be loaded, or do not belong together.
     """
     state, metadata = read_adapter_file(adapter_file)
     description = describe(state, source=str(adapter_file))
-    verdict = loadability(description)[0]
-    if not verdict.ok:
-        raise ConfigError(f"{adapter_file}: diffusers cannot load it: {'; '.join(verdict.reasons)}.")
-    name = str(dtype).removeprefix("torch.")
-    encoder = CLIPImageEncoder.from_pretrained(image_encoder, subfolder=subfolder, dtype=name)
+    require_loadable(description, source=str(adapter_file))
+    encoder = CLIPImageEncoder.from_pretrained(image_encoder, subfolder=subfolder, dtype=dtype)
     kind: FeatureKind = "pooled" if description.variant == "linear" else "penultimate"
     if encoder.feature_dim(kind) != description.feature_dim:
         raise ConfigError(
@@ -85,12 +86,13 @@ def load_pipeline(
             f"{encoder.feature_dim(kind)}."
         )
     check_image_encoder(metadata, encoder, source=str(adapter_file))
-    frozen = StableDiffusion.from_pretrained(base, dtype=name)
+    frozen = StableDiffusion.from_pretrained(base, dtype=dtype)
     if frozen.context_dim != description.context_dim:
         raise ConfigError(
             f"{adapter_file}: made for a base whose text has width {description.context_dim}, and {base} has "
             f"{frozen.context_dim}."
         )
+    check_sites(description, frozen.attention_sites(), source=str(adapter_file))
     pipeline = frozen.pipeline()
     edge = encoder.image_size
     pipeline.register_modules(
@@ -99,9 +101,8 @@ def load_pipeline(
             size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}
         ),
     )
-    pipeline.load_ip_adapter(
-        str(adapter_file.parent), subfolder="", weight_name=adapter_file.name, image_encoder_folder=None
-    )
+    # The tensors and not the file's path: they may have come out of a layout that diffusers does not read.
+    pipeline.load_ip_adapter(nested(state), subfolder="", weight_name="", image_encoder_folder=None)
     return pipeline.to(device)
 
 

@@ -1,8 +1,9 @@
 """Adapter files: written atomically with an account of themselves, read without ever unpickling."""
 
 import json
+import logging
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from ipa_train.adapter import AttentionSite, IPAdapter
 from ipa_train.errors import ConfigError, ExportError
+from ipa_train.export.dumps import interchange_to_dump, is_training_dump
 from ipa_train.export.layouts import to_interchange
 from ipa_train.runtime.files import atomic_write
 from ipa_train.version import __version__
 
 NAME = "ip_adapter"
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+_log = logging.getLogger(__name__)
 
 
 def write_export(
@@ -32,6 +35,10 @@ def write_export(
     """Write ``ip_adapter.safetensors`` and ``ip_adapter.bin`` into ``folder``; return their paths.
 
     ``metadata`` (plain values) goes into the safetensors header, each value as JSON.
+
+    Raises:
+        ExportError: weights that are not finite in ``dtype``.
+        OSError: the folder cannot be written.
     """
     return write_state(folder, to_interchange(adapter, sites), dtype=dtype, metadata=metadata or {})
 
@@ -40,29 +47,44 @@ def write_state(folder: Path, state: Mapping[str, Tensor], *, dtype: str, metada
     """Write an interchange state in both layouts; see :func:`write_export`."""
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype} is not a precision for exports; allowed: {', '.join(_DTYPES)}.")
-    tensors = {name: weight.detach().to("cpu", _DTYPES[dtype]).contiguous() for name, weight in state.items()}
+    tensors = {name: _portable(name, weight, dtype) for name, weight in state.items()}
     header = {"format": "pt", "ipa_train_version": __version__}
     header |= {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    # Loaders of .bin files take the two parts in this order only.
-    nested: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-    for name, weight in tensors.items():
-        part, _, rest = name.partition(".")
-        nested[part][rest] = weight
     folder.mkdir(parents=True, exist_ok=True)
     safetensors, bin_ = folder / f"{NAME}.safetensors", folder / f"{NAME}.bin"
     try:
         with atomic_write(safetensors) as temporary:
             save_file(tensors, temporary, metadata=header)
         with atomic_write(bin_) as temporary, temporary.open("wb") as file:
-            torch.save(nested, file)
+            torch.save(nested(tensors), file)
     except (SafetensorError, RuntimeError) as error:
         # Both libraries wrap the system's error (disk full, say) in one of their own.
         raise OSError(str(error).splitlines()[0]) from error
     return [safetensors, bin_]
 
 
+def nested(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """An interchange state as .bin files have it: in two parts, which some loaders take in this order only."""
+    parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for name, weight in state.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = weight
+    return parts
+
+
+def _portable(name: str, weight: Tensor, dtype: str) -> Tensor:
+    # A copy: of a slice of a larger buffer (sharded training), torch.save would write the whole buffer.
+    tensor = weight.detach().to("cpu", _DTYPES[dtype], copy=True).contiguous()
+    if not tensor.isfinite().all():
+        if weight.isfinite().all():
+            largest = weight.abs().max().item()
+            raise ExportError(f"{name} reaches {largest:.3g}, and {dtype} ends at 65504: export it in fp32.")
+        raise ExportError(f"{name} is not finite: training has diverged; go back to an earlier step.")
+    return tensor
+
+
 def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read an adapter in any interchange layout: the flat state and the header's metadata.
+    """Read an adapter in any interchange layout, or out of a training dump: flat state, and the header's metadata.
 
     Raises:
         ExportError: no such file, damaged, or something else than tensors in it.
@@ -72,8 +94,10 @@ def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-        return _flatten(torch.load(path, map_location="cpu", weights_only=True), path), {}
+                places = _find(file.keys(), path)
+                return {name: file.get_tensor(place) for name, place in places.items()}, dict(file.metadata() or {})
+        flat = _flatten(torch.load(path, map_location="cpu", weights_only=True), path)
+        return {name: flat[place] for name, place in _find(flat, path).items()}, {}
     except pickle.UnpicklingError as error:
         raise ExportError(
             f"{path}: holds more than tensors, and is not unpickled; ask for a .safetensors file."
@@ -85,6 +109,16 @@ def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ExportError(f"{path}: damaged or no adapter file: {reason}") from error
 
 
+def _find(names: Iterable[str], path: Path) -> dict[str, str]:
+    """Interchange name -> name in the file, of every tensor that is to be read."""
+    names = list(names)
+    if not is_training_dump(names):
+        return {name: name for name in names}
+    places = interchange_to_dump(names)
+    _advise(path, f"a dump of a whole training, {len(places)} of its {len(names)} tensors are the adapter")
+    return places
+
+
 def _flatten(content: object, path: Path) -> dict[str, Tensor]:
     """``{"image_proj": {...}, "ip_adapter": {...}}``, or flat keys, -> flat keys."""
     if not isinstance(content, dict):
@@ -94,4 +128,10 @@ def _flatten(content: object, path: Path) -> dict[str, Tensor]:
         for rest, weight in value.items() if isinstance(value, dict) else [("", value)]:
             if isinstance(weight, Tensor):
                 flat[f"{name}.{rest}" if rest else str(name)] = weight
+    if any(isinstance(value, Tensor) for value in content.values()) and not is_training_dump(flat):
+        _advise(path, "a .bin without the two parts image_proj and ip_adapter")
     return flat
+
+
+def _advise(path: Path, layout: str) -> None:
+    _log.warning("%s: %s; other loaders want what `ipa export %s --out FOLDER` makes of it", path, layout, path)

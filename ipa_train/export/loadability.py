@@ -1,17 +1,17 @@
 """Who can load an adapter of these sizes: known before a run begins, since no loader says so clearly afterwards.
 
 The rules are the loaders' own, read in their code and tried: diffusers 0.42 (loaders/unet.py), ComfyUI_IPAdapter_plus
-(IPAdapterPlus.py) and Tencent's ip_adapter.py.
+(IPAdapterPlus.py) and Tencent's ip_adapter.py. All three also want resamplers of depth 4 and head width 64, which ours
+always have.
 """
 
 from dataclasses import dataclass
 
-from ipa_train.adapter import AttentionSite, IPAdapter
 from ipa_train.errors import ExportError
-from ipa_train.export.layouts import AdapterDescription, describe, to_interchange
+from ipa_train.export.description import AdapterDescription
 
 _SDXL_CONTEXT_DIM = 2048
-_HEAD_DIM = 64
+_KOLORS_RESAMPLER_DIM = 2048
 
 
 @dataclass(frozen=True)
@@ -29,39 +29,51 @@ class Loadability:
 
 
 def loadability(adapter: AdapterDescription) -> list[Loadability]:
-    """The verdicts of diffusers, ComfyUI_IPAdapter_plus and Tencent's classes."""
-    common = []
+    """The verdicts of diffusers, ComfyUI_IPAdapter_plus and Tencent's classes, in this order."""
+    numbers = []
+    if list(adapter.site_dims) != list(range(1, 2 * len(adapter.site_dims), 2)):
+        numbers.append("it looks for sites numbered 1, 3, 5 and so on, without a gap")
+    tokens = []
     if adapter.variant == "linear" and adapter.num_tokens != 4:
-        common.append(f"it knows linear adapters of 4 tokens only, not {adapter.num_tokens}")
-    if adapter.resampler_heads_dim is not None and adapter.resampler_heads_dim % _HEAD_DIM:
-        common.append(f"resampler heads must be {_HEAD_DIM} wide, and {adapter.resampler_heads_dim} is no multiple")
-    if any(n % 2 == 0 for n in adapter.site_numbers):
-        common.append("cross-attentions must have odd numbers")
-    comfy, tencent = list(common), list(common)
-    if adapter.variant == "plus":
-        sdxl = adapter.context_dim == _SDXL_CONTEXT_DIM
-        dim, heads = (1280, 20) if sdxl else (adapter.context_dim, 12)
-        if adapter.num_tokens != 16:
-            comfy.append(f"it knows plus adapters of 16 tokens only, not {adapter.num_tokens}")
-        if adapter.resampler_dim != dim or adapter.resampler_heads_dim != heads * _HEAD_DIM:
-            reason = f"it builds a resampler of width {dim} with {heads} heads"
-            comfy.append(reason)
-            tencent.append(reason)
-    if 1 not in adapter.site_numbers:
-        comfy.append("it looks for site number 1")
+        tokens.append(f"it knows linear adapters of 4 tokens only, not {adapter.num_tokens}")
     return [
-        Loadability("diffusers", tuple(common)),
-        Loadability("ComfyUI_IPAdapter_plus", tuple(comfy)),
-        Loadability("Tencent ip_adapter", tuple(tencent)),
+        Loadability("diffusers", (*tokens, *numbers)),
+        Loadability("ComfyUI_IPAdapter_plus", (*tokens, *_comfy(adapter), *numbers)),
+        # The number of tokens is an argument of Tencent's classes, so that any loads.
+        Loadability("Tencent ip_adapter", (*_resampler(adapter), *numbers)),
     ]
 
 
-def require_loadable(adapter: IPAdapter, sites: list[AttentionSite]) -> None:
+def require_loadable(adapter: AdapterDescription, *, source: str) -> None:
     """Refuse an adapter that diffusers could not load.
 
     Raises:
         ExportError: why not.
     """
-    verdict = loadability(describe(to_interchange(adapter, sites), source="this adapter"))[0]
+    verdict = loadability(adapter)[0]
     if not verdict.ok:
-        raise ExportError(f"diffusers would not load this adapter: {'; '.join(verdict.reasons)}.")
+        raise ExportError(f"{source}: diffusers would not load this adapter: {'; '.join(verdict.reasons)}.")
+
+
+def _comfy(adapter: AdapterDescription) -> list[str]:
+    sdxl = adapter.context_dim == _SDXL_CONTEXT_DIM
+    if adapter.variant == "full" and sdxl:
+        return ["it knows no full adapters for SDXL"]
+    reasons = []
+    if adapter.variant == "plus" and adapter.num_tokens != 16:
+        reasons.append(f"it knows plus adapters of 16 tokens only, not {adapter.num_tokens}")
+    if sdxl and adapter.resampler_dim == _KOLORS_RESAMPLER_DIM:
+        return [*reasons, f"it takes a resampler of width {_KOLORS_RESAMPLER_DIM} for Kolors, not SDXL"]
+    return [*reasons, *_resampler(adapter)]
+
+
+def _resampler(adapter: AdapterDescription) -> list[str]:
+    if adapter.variant != "plus":
+        return []
+    dim, heads = (1280, 20) if adapter.context_dim == _SDXL_CONTEXT_DIM else (adapter.context_dim, 12)
+    if (adapter.resampler_dim, adapter.resampler_heads) == (dim, heads):
+        return []
+    return [
+        f"it builds a resampler of width {dim} with {heads} heads, and this one has width {adapter.resampler_dim} with "
+        f"{adapter.resampler_heads}"
+    ]

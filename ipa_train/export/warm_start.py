@@ -1,15 +1,18 @@
-"""Starting from a released adapter."""
+"""Starting from an adapter file; and whether a file belongs to a base and an image encoder."""
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from ipa_train.adapter import AttentionSite, IPAdapter
 from ipa_train.conditioning import CLIPImageEncoder
 from ipa_train.errors import ExportError
+from ipa_train.export.description import AdapterDescription, describe, describe_adapter
 from ipa_train.export.file import read_adapter_file
-from ipa_train.export.layouts import from_interchange
+from ipa_train.export.layouts import interchange_names
 
 _log = logging.getLogger(__name__)
 
@@ -21,19 +24,69 @@ def init_from(adapter: IPAdapter, sites: Sequence[AttentionSite], path: Path, im
         ExportError: it does not fit, or was trained with another image encoder.
     """
     state, metadata = read_adapter_file(path)
-    check_image_encoder(metadata, image_encoder, source=str(path))
     from_interchange(state, adapter, sites, source=str(path))
+    check_image_encoder(metadata, image_encoder, source=str(path))
     _log.info("adapter starts from %s", path)
 
 
-def check_image_encoder(metadata: dict[str, str], image_encoder: CLIPImageEncoder, *, source: str) -> None:
-    """Refuse an encoder whose weights are not those the file says it was trained with; files may say nothing."""
+def from_interchange(
+    state: Mapping[str, Tensor], adapter: IPAdapter, sites: Sequence[AttentionSite], *, source: str
+) -> None:
+    """Load an interchange state into an adapter of the same variant and sizes; strict.
+
+    Raises:
+        ExportError: names ``source``, the first thing that does not fit, and what would.
+    """
+    found, wanted = describe(state, source=source), describe_adapter(adapter, sites)
+    for what, advice in (
+        ("variant", "choose adapter={}"),
+        ("feature_dim", "choose the image_encoder whose features have width {}"),
+        ("context_dim", "choose a base whose text has width {}"),
+        ("num_tokens", "set adapter.projector.num_tokens={}"),
+        ("resampler_dim", "set adapter.projector.dim={}"),
+        ("resampler_heads", "set adapter.projector.heads={}"),
+    ):
+        here, there = getattr(wanted, what), getattr(found, what)
+        if here != there:
+            raise ExportError(f"{source}: {what} is {there}, but this run has {here}: {advice.format(there)}.")
+    check_sites(found, sites, source=source)
+    own = interchange_names(adapter, sites)
+    adapter.load_state_dict({ours: state[theirs] for ours, theirs in own.items()})
+
+
+def check_sites(found: AdapterDescription, sites: Sequence[AttentionSite], *, source: str) -> None:
+    """Refuse a base whose cross-attentions are not those the adapter was made for.
+
+    Raises:
+        ExportError: names the first site that differs.
+    """
+    here = {site.index: site.hidden_dim for site in sites}
+    for n in sorted(here.keys() | found.site_dims.keys()):
+        if here.get(n) != found.site_dims.get(n):
+            widths = [f"has width {d}" if d else "is missing" for d in (found.site_dims.get(n), here.get(n))]
+            raise ExportError(
+                f"{source}: ip_adapter.{n}.to_k_ip.weight {widths[0]}, and that cross-attention of this base "
+                f"{widths[1]}: the adapter was made for another base; choose one of its family."
+            )
+
+
+def check_image_encoder(metadata: Mapping[str, str], image_encoder: CLIPImageEncoder, *, source: str) -> None:
+    """Refuse an encoder whose weights are not those the file says it was trained with; files may say nothing.
+
+    Raises:
+        ExportError: names both encoders.
+    """
     if "image_encoder" not in metadata:
         return
-    trained_with, here = json.loads(metadata["image_encoder"]), image_encoder.identity()
-    if trained_with["weights_sha256"] != here["weights_sha256"]:
+    try:
+        trained_with = json.loads(metadata["image_encoder"])
+        name, weights = str(trained_with["name"]), str(trained_with["weights_sha256"])
+    except (ValueError, KeyError, TypeError):
+        _log.warning("%s: its metadata does not say in our way which image encoder it was trained with", source)
+        return
+    here = image_encoder.identity()
+    if weights != here["weights_sha256"]:
         raise ExportError(
-            f"{source}: trained with the image encoder {trained_with['name']!r} "
-            f"(weights {trained_with['weights_sha256'][:12]}), not with {here['name']!r} "
+            f"{source}: trained with the image encoder {name!r} (weights {weights[:12]}), not with {here['name']!r} "
             f"({here['weights_sha256'][:12]}): features of another encoder mean nothing to it."
         )

@@ -74,7 +74,7 @@ def test_export_sample_and_import(run, tiny_models, tmp_path, capsys):
     command += ["--adapter", str(out / "ip_adapter.safetensors"), "--num", "2", "--steps", "2", "--size", "64"]
     assert main([*command, "--out", str(tmp_path / "a")]) == 0
     assert main([*command, "--scale", "0", "--out", str(tmp_path / "b")]) == 0
-    a, b = (Image.open(tmp_path / x / "photo-1.png") for x in "ab")
+    a, b = (Image.open(tmp_path / x / "0-photo-1.png") for x in "ab")
     assert a.size == (64, 64)
     assert a.tobytes() != b.tobytes()
     assert (tmp_path / "a" / "grid.png").is_file()

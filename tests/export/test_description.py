@@ -1,0 +1,116 @@
+"""Recognising adapters: whole ones, incomplete ones, and kinds that are read elsewhere."""
+
+import pytest
+import torch
+
+from ipa_train.errors import ExportError
+from ipa_train.export import describe, loadability, require_loadable, to_interchange
+from ipa_train.export.description import AdapterDescription
+
+
+@pytest.fixture
+def make_state(base, make_adapter):
+    return lambda variant, **options: to_interchange(make_adapter(variant, **options), base.attention_sites())
+
+
+def test_sizes_are_told_from_the_tensors(make_state):
+    linear, plus, full = (describe(make_state(v), source="x") for v in ("linear", "plus", "full"))
+    assert (linear.variant, linear.feature_dim, linear.num_tokens) == ("linear", 24, 4)
+    assert (plus.variant, plus.feature_dim, plus.num_tokens) == ("plus", 40, 16)
+    assert (plus.resampler_dim, plus.resampler_heads) == (64, 12)
+    assert (full.variant, full.feature_dim, full.num_tokens, full.resampler_dim) == ("full", 40, None, None)
+    for found in (linear, plus, full):
+        assert found.context_dim == 64
+        assert found.site_dims[1] == 16
+        assert found.site_dims[31] == 64
+        assert list(found.site_dims) == list(range(1, 32, 2))
+
+
+@pytest.mark.parametrize("variant", ["linear", "plus", "full"])
+def test_a_file_with_any_tensor_missing_is_refused(variant, make_state):
+    state = make_state(variant)
+    for name in state:
+        with pytest.raises(ExportError, match=r"^here: "):
+            describe({other: weight for other, weight in state.items() if other != name}, source="here")
+
+
+@pytest.mark.parametrize("variant", ["linear", "plus", "full"])
+def test_a_file_with_any_tensor_of_another_shape_is_refused(variant, make_state):
+    state = make_state(variant)
+    for name, weight in state.items():
+        for wrong in (torch.zeros(()), torch.zeros(0), torch.zeros(3), torch.cat([weight, weight])):
+            with pytest.raises(ExportError, match=r"^here: "):
+                describe(state | {name: wrong}, source="here")
+
+
+def test_a_tensor_too_many_is_refused_by_name(make_state):
+    """diffusers would ignore these, and compute something else than what was trained."""
+    for name in ("image_proj.pos_emb.weight", "image_proj.layers.4.0.to_q.weight", "ip_adapter.1.to_k_ip.bias"):
+        with pytest.raises(ExportError, match=f"{name} has no place in a plus adapter"):
+            describe(make_state("plus") | {name: torch.zeros(64, 64)}, source="x")
+
+
+def faceid():
+    shapes = {"proj.0.weight": (8, 4), "proj.0.bias": (8,), "proj.2.weight": (64, 8), "norm.weight": (16,)}
+    return {f"image_proj.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("more", "kind"),
+    [
+        ({"ip_adapter.1.to_k_ip.weight": (8, 16)}, "a FaceID adapter, which needs face embeddings"),
+        ({"ip_adapter.0.to_q_lora.down.weight": (8, 16)}, "a FaceID adapter, which needs .* and LoRA weights"),
+        ({"image_proj.perceiver_resampler.proj_in.weight": (8, 16)}, "a FaceID-Plus adapter"),
+        ({"ip_adapter.0.to_k_ip.weight": (8, 16)}, "an adapter of a transformer such as Flux"),
+        ({"image_proj.time_embedding.linear_1.weight": (8, 16)}, "an SD 3 adapter"),
+        ({"ip_adapter_proj_model.proj.weight": (8, 16)}, "a Flux adapter in XLabs' layout"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(more, kind):
+    state = faceid() | {name: torch.zeros(shape) for name, shape in more.items()}
+    with pytest.raises(ExportError, match=f"x: this is {kind}.*this version reads linear, plus and full"):
+        describe(state, source="x")
+
+
+def of_size(variant="plus", context_dim=768, tokens=16, dim=None, heads=12, numbers=(1, 3, 5)):
+    plus = variant == "plus"
+    return AdapterDescription(
+        variant=variant,
+        feature_dim=1280,
+        context_dim=context_dim,
+        num_tokens=tokens,
+        resampler_dim=(dim or context_dim) if plus else None,
+        resampler_heads=heads if plus else None,
+        site_dims=dict.fromkeys(numbers, 320),
+        num_parameters=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("adapter", "takers", "reason"),
+    [
+        (of_size("linear", tokens=4), "dct", ""),
+        (of_size("linear", tokens=8), "t", "linear adapters of 4 tokens only, not 8"),
+        (of_size("full", tokens=None), "dct", ""),
+        (of_size("full", tokens=None, context_dim=2048), "dt", "no full adapters for SDXL"),
+        (of_size(), "dct", ""),
+        (of_size(context_dim=1024), "dct", ""),
+        (of_size(tokens=32), "dt", "plus adapters of 16 tokens only, not 32"),
+        (of_size(heads=16), "d", "width 768 with 12 heads, and this one has width 768 with 16"),
+        (of_size(context_dim=2048, dim=1280, heads=20), "dct", ""),
+        (of_size(context_dim=2048, dim=1280), "d", "width 1280 with 20 heads"),
+        (of_size(context_dim=2048, heads=20), "d", "takes a resampler of width 2048 for Kolors"),
+        (of_size(numbers=(3, 5, 7)), "", "sites numbered 1, 3, 5"),
+        (of_size(numbers=(1, 5)), "", "sites numbered 1, 3, 5"),
+    ],
+)
+def test_who_loads_what(adapter, takers, reason):
+    verdicts = loadability(adapter)
+    assert "".join(v.loader[0].lower() for v in verdicts if v.ok) == takers
+    assert any(reason in r for v in verdicts for r in v.reasons) or not reason
+
+
+def test_what_diffusers_cannot_load_is_refused():
+    require_loadable(of_size(), source="here")
+    with pytest.raises(ExportError, match=r"^here: diffusers would not load this adapter: .* 4 tokens only, not 8"):
+        require_loadable(of_size("linear", tokens=8), source="here")

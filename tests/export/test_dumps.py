@@ -1,0 +1,58 @@
+"""The adapter is found in what Tencent's training scripts leave behind."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ipa_train.cli.main import main
+from ipa_train.export import read_adapter_file, to_interchange
+
+
+@pytest.fixture
+def dump(base, make_adapter):
+    """The tensors of such a training, each attention weight under both of its names; and the adapter's own."""
+    state = to_interchange(make_adapter("plus"), base.attention_sites())
+    tensors = {f"unet.{name}": weight for name, weight in base.unet.state_dict().items()}
+    for name, weight in state.items():
+        part, _, rest = name.partition(".")
+        tensors[f"{'image_proj_model' if part == 'image_proj' else 'adapter_modules'}.{rest}"] = weight
+    for site in base.attention_sites():
+        for part in ("to_k_ip", "to_v_ip"):
+            key = f"ip_adapter.{site.index}.{part}.weight"
+            tensors[f"unet.{site.name}.processor.{part}.weight"] = state[key]
+    return tensors, state
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_whole_dump(dump, tmp_path, caplog):
+    tensors, state = dump
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    assert same(read_adapter_file(tmp_path / "pytorch_model.bin")[0], state)
+    assert "ipa export" in caplog.text
+
+
+def test_dump_that_lost_one_of_two_names(dump, tmp_path):
+    """What safetensors leaves of it: the reports of an empty ip_adapter."""
+    tensors, state = dump
+    left = {name: weight for name, weight in tensors.items() if not name.startswith("adapter_modules.")}
+    save_file(left, tmp_path / "model.safetensors")
+    assert same(read_adapter_file(tmp_path / "model.safetensors")[0], state)
+
+
+def test_export_makes_an_adapter_file_of_it(dump, tmp_path, capsys):
+    tensors, state = dump
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    assert main(["export", str(tmp_path / "pytorch_model.bin"), "--dtype", "fp32", "--out", str(tmp_path / "out")]) == 0
+    assert "diffusers: loads" in capsys.readouterr().out
+    assert same(read_adapter_file(tmp_path / "out" / "ip_adapter.safetensors")[0], state)
+    assert same(read_adapter_file(tmp_path / "out" / "ip_adapter.bin")[0], state)
+
+
+def test_flat_bin_is_read_and_said_to_be_no_good_elsewhere(dump, tmp_path, caplog):
+    _, state = dump
+    torch.save(state, tmp_path / "flat.bin")
+    assert same(read_adapter_file(tmp_path / "flat.bin")[0], state)
+    assert "without the two parts" in caplog.text
