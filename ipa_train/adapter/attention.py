@@ -11,12 +11,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def linear_in_input_dtype(layer: nn.Linear, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b e"]:
-    """Apply ``layer`` in the precision of ``x``: fp32 master weights serve a bf16 forward without autocast."""
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return F.linear(x, layer.weight.to(x.dtype), bias)
-
-
 def split_heads(x: Float[Tensor, "b s d"], num_heads: int) -> Float[Tensor, "b heads s e"]:
     """Reshape (b, s, heads * e) to (b, heads, s, e)."""
     return x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2)
@@ -49,9 +43,11 @@ class ImageAttention(nn.Module):
         self, query: Float[Tensor, "b heads s e"], image_tokens: Float[Tensor, "b n d"]
     ) -> Float[Tensor, "b heads s e"]:
         """Attend from the shared queries to the image tokens, in the precision of the queries."""
-        tokens = image_tokens.to(query.dtype)
-        key = split_heads(linear_in_input_dtype(self.to_k_ip, tokens), query.shape[1])
-        value = split_heads(linear_in_input_dtype(self.to_v_ip, tokens), query.shape[1])
+        # fp32 master weights serve a bf16 forward without autocast.
+        dtype, heads = query.dtype, query.shape[1]
+        tokens = image_tokens.to(dtype)
+        key = split_heads(F.linear(tokens, self.to_k_ip.weight.to(dtype)), heads)
+        value = split_heads(F.linear(tokens, self.to_v_ip.weight.to(dtype)), heads)
         return F.scaled_dot_product_attention(query, key, value)
 
 

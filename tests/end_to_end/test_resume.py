@@ -62,9 +62,15 @@ def test_killed_at_random_moments_it_always_resumes(train_command, tmp_path):
     rng = random.Random(0)
     every = "callbacks.checkpointing.every_steps=3"
     run, moments = tmp_path / "killed", []
+    start_seconds = 0.0
     for _ in range(20):
         process = forked(train_command("killed", "trainer.max_steps=100000", every))
-        time.sleep(rng.uniform(0.3, 3.0))
+        began = time.perf_counter()
+        while not start_seconds and not loss_curve(run):  # how long a start takes here, learnt from the first
+            assert process.is_alive()
+            time.sleep(0.05)
+        start_seconds = start_seconds or time.perf_counter() - began
+        time.sleep(rng.uniform(0.1, 2.5) * start_seconds)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL, "it must have been at work until it was killed"
