@@ -104,15 +104,21 @@ class AdapterTraining(lightning.LightningModule):
 
     def write_exports(self, folder: Path) -> None:
         """Write the adapter, averaged if there is an average, as interchange files; called for every checkpoint."""
+        # A hub id as it is; of a folder its name, since the rest is nobody's business.
+        base = Path(self.base.path).name if Path(self.base.path).is_dir() else self.base.path
         metadata = {
-            "base": {"name": Path(self.base.path).name, "prediction_type": self.base.prediction_type},
+            "base": {"name": base, "prediction_type": self.base.prediction_type},
             "image_encoder": self.image_encoder.identity(),
             "feature_kind": self.adapter.projector.feature_kind,
             "variant": self.adapter.projector.variant,
+            "num_tokens": getattr(self.adapter.projector, "num_tokens", None),
             "step": self.global_step,
             "ema": self.ema is not None,
             "dropout": vars(self.dropout),
             "objective": {k: v for k, v in vars(self.objective).items() if k != "alphas_cumprod"},
+            "optimizer": getattr(self.make_optimizer, "keywords", {}),
+            "lr_schedule": vars(self.lr_schedule),
+            "seed": self.seed,
             "state_names": interchange_names(self.adapter, self.base.attention_sites()),
         }
         with self.averaged_weights():

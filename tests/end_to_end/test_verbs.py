@@ -1,9 +1,11 @@
 """The other verbs, on a short real run."""
 
 import csv
+import json
 
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from ipa_train.cli.main import main
 from tests.data.conftest import picture
@@ -62,6 +64,18 @@ def test_a_run_leaves_what_it_promises(run):
     assert any(name.startswith("train/loss_t") for name in rows[0])
     assert list((run / "wandb").glob("offline-run-*"))
     assert not list(run.rglob(".tmp-*"))
+
+
+WRITTEN_AS_JSON = ("base", "dropout", "step", "ema", "optimizer", "image_encoder")
+
+
+def test_a_checkpoints_export_says_how_it_was_made(run, tiny_models, image_encoder):
+    with safe_open(run / "checkpoints" / "step-00000004" / "ip_adapter.safetensors", framework="pt") as file:
+        metadata = {k: json.loads(v) for k, v in file.metadata().items() if k in WRITTEN_AS_JSON}
+    assert metadata["base"] == {"name": tiny_models[0].name, "prediction_type": "epsilon"}
+    assert metadata["dropout"] == {"text_rate": 0.05, "image_rate": 0.05, "both_rate": 0.05}
+    assert (metadata["step"], metadata["ema"], metadata["optimizer"]["lr"]) == (4, True, 1e-4)
+    assert metadata["image_encoder"]["weights_sha256"] == image_encoder.identity()["weights_sha256"]
 
 
 def test_export_sample_and_import(run, tiny_models, tmp_path, capsys):
