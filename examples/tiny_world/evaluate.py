@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from torch import Tensor
@@ -166,6 +167,7 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=96)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    diffusers_logging.set_verbosity_error()  # it announces that embeddings are given instead of an encoder
     args.out.mkdir(parents=True, exist_ok=True)
     world = World()
     n = args.num_images
