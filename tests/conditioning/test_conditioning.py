@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from transformers import CLIPVisionModelWithProjection
 
 from ipa_train.conditioning.dropout import ConditionDropout
 from ipa_train.conditioning.image_encoder import CLIPImageEncoder
@@ -52,3 +53,18 @@ def test_a_wrong_encoder_folder_is_refused(tiny_models, tmp_path):
         CLIPImageEncoder.from_pretrained(str(tiny_models[0] / "text_encoder"))
     with pytest.raises(ConfigError, match=r"image_encoder\.path=.*cannot load an image encoder"):
         CLIPImageEncoder.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_encoder_is_the_same_in_any_precision_of_file_and_use(dtype, tiny_models, image_encoder, tmp_path):
+    name, model = tiny_models[1].name, CLIPVisionModelWithProjection.from_pretrained(tiny_models[1])
+    model.half().save_pretrained(tmp_path / name)
+    for folder in (tiny_models[1], tmp_path / name):
+        encoder = CLIPImageEncoder.from_pretrained(str(folder), dtype=dtype)
+        assert encoder.model.dtype == getattr(torch, dtype)
+        assert encoder.identity() == image_encoder.identity()
+    with torch.no_grad():
+        model.float().visual_projection.weight[0, 0] += 0.01
+    model.save_pretrained(tmp_path / "other")
+    other = CLIPImageEncoder.from_pretrained(str(tmp_path / "other"), dtype=dtype)
+    assert other.identity()["weights_sha256"] != image_encoder.identity()["weights_sha256"]

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from ipa_train.adapter import LinearProjector, MLPProjector, Resampler
 from ipa_train.errors import ExportError
 from ipa_train.export import describe, loadability, require_loadable, to_interchange
 from ipa_train.export.description import AdapterDescription
+from ipa_train.export.layouts import projector_names
 
 
 @pytest.fixture
@@ -70,6 +72,44 @@ def test_other_kinds_are_refused_by_name(more, kind):
     state = faceid() | {name: torch.zeros(shape) for name, shape in more.items()}
     with pytest.raises(ExportError, match=f"x: this is {kind}.*this version reads linear, plus and full"):
         describe(state, source="x")
+
+
+# Cross-attentions of the released files: (first number, last number, width).
+SD15 = [(1, 3, 320), (5, 7, 640), (9, 17, 1280), (19, 23, 640), (25, 29, 320), (31, 31, 1280)]
+SDXL = [(1, 7, 640), (9, 107, 1280), (109, 119, 640), (121, 139, 1280)]
+
+
+@pytest.mark.parametrize(
+    ("projector", "options", "sites", "parameters", "takers"),
+    [
+        (LinearProjector, {"feature_dim": 1024, "context_dim": 768}, SD15, 22_319_616, "dct"),
+        (Resampler, {"feature_dim": 1280, "context_dim": 768}, SD15, 49_087_488, "dct"),
+        (MLPProjector, {"feature_dim": 1280, "context_dim": 768}, SD15, 21_794_304, "dct"),
+        (LinearProjector, {"feature_dim": 1280, "context_dim": 2048}, SDXL, 351_285_248, "dct"),
+        (LinearProjector, {"feature_dim": 1024, "context_dim": 2048}, SDXL, 349_188_096, "dct"),
+        (Resampler, {"feature_dim": 1280, "context_dim": 2048, "dim": 1280, "heads": 20}, SDXL, 423_748_864, "dct"),
+        (Resampler, {"feature_dim": 1024, "context_dim": 2048}, SDXL, 165_765_120 + 340_787_200, "d"),  # Kolors
+    ],
+)
+def test_released_sizes_are_recognised(projector, options, sites, parameters, takers):
+    """The sizes of the files of h94/IP-Adapter and of Kolors, and how many parameters each has."""
+    with torch.device("meta"):
+        projector = projector(**options)
+        state = {f"image_proj.{name}": weight for name, weight in interchange(projector).items()}
+        for first, last, width in sites:
+            for n in range(first, last + 1, 2):
+                for part in ("to_k_ip", "to_v_ip"):
+                    state[f"ip_adapter.{n}.{part}.weight"] = torch.empty(width, options["context_dim"])
+    found = describe(state, source="x")
+    assert found.variant == projector.variant
+    assert found.num_parameters == parameters
+    assert {name: getattr(found, name) for name in ("feature_dim", "context_dim")}.items() <= options.items()
+    assert "".join(v.loader[0].lower() for v in loadability(found) if v.ok) == takers
+
+
+def interchange(projector):
+    weights = projector.state_dict()
+    return {theirs: weights[ours] for ours, theirs in projector_names(projector).items()}
 
 
 def of_size(variant="plus", context_dim=768, tokens=16, dim=None, heads=12, numbers=(1, 3, 5)):
