@@ -13,6 +13,8 @@ from ipa_train.errors import DataError
 
 BLOCK = 512
 _REGULAR = (b"0", b"\0")
+_MAX_PADDING = 2**20
+"""Zero bytes that may follow the last member; tar writers fill up to a record, of 10 KiB as a rule."""
 _DIRECTORY, _PAX, _PAX_GLOBAL, _GNU_LONG_NAME = b"5", b"x", b"g", b"L"
 
 
@@ -54,13 +56,14 @@ def _walk(descriptor: int, path: Path, max_member_bytes: int) -> Iterator[Member
         if not any(header):
             if overrides:
                 raise DataError(f"{path}: truncated: an extended header at byte {start} has no member.")
+            _check_padding(descriptor, path, position, end)
             return
         if _checksum(header) != _octal(header[148:156]):
             raise DataError(f"{path}: damaged tar header at byte {position}; download it again.")
-        kind, size = header[156:157], int(overrides.pop("size", _number(header[124:136])))
-        if size > max_member_bytes:
+        kind, size = header[156:157], _size(header, overrides)
+        if not 0 <= size <= max_member_bytes:
             raise DataError(
-                f"{path}: the member at byte {position} claims {size} bytes, above "
+                f"{path}: the member at byte {position} claims {size} bytes; allowed are 0 to "
                 f"data.max_member_bytes={max_member_bytes}."
             )
         data = position + BLOCK
@@ -68,7 +71,10 @@ def _walk(descriptor: int, path: Path, max_member_bytes: int) -> Iterator[Member
         if following > end:
             raise DataError(f"{path}: truncated inside the member at byte {position}; download it again.")
         if kind == _PAX:
-            overrides |= _pax_records(os.pread(descriptor, size, data))
+            records = _pax_records(os.pread(descriptor, size, data))
+            if records is None:
+                raise DataError(f"{path}: damaged extended header at byte {position}; download it again.")
+            overrides |= records
         elif kind == _GNU_LONG_NAME:
             overrides["path"] = os.pread(descriptor, size, data).rstrip(b"\0").decode(errors="replace")
         elif kind in _REGULAR:
@@ -76,14 +82,27 @@ def _walk(descriptor: int, path: Path, max_member_bytes: int) -> Iterator[Member
             if "/" in name or name in ("", "..") or any("sparse" in key for key in overrides):
                 raise DataError(f"{path}: member {name!r} at byte {position} is not a plain file name; pack it flat.")
             yield Member(name, start, data, size)
-            overrides.clear()
         elif kind not in (_DIRECTORY, _PAX_GLOBAL):
             raise DataError(
                 f"{path}: the member at byte {position} is a link or special file; shards hold plain files."
             )
         position = following
-        if not overrides:
+        if kind not in (_PAX, _GNU_LONG_NAME):
+            overrides.clear()
             start = position
+
+
+def _check_padding(descriptor: int, path: Path, position: int, end: int) -> None:
+    """Nothing but a little padding may follow the end mark.
+
+    A wiped header, a second archive behind the first, or the hole that an interrupted download left in a file of full
+    length would otherwise pass for the end, and hide every sample behind it.
+    """
+    if end - position > _MAX_PADDING or any(os.pread(descriptor, _MAX_PADDING, position)):
+        raise DataError(
+            f"{path}: damaged: its members end at byte {position}, but {end - position} more bytes follow that are "
+            "not the padding of a tar; download or pack it again."
+        )
 
 
 def _checksum(header: bytes) -> int:
@@ -97,8 +116,12 @@ def _octal(field: bytes) -> int:
         return -1
 
 
-def _number(field: bytes) -> int:
-    """A size: octal digits, or big-endian binary when the top bit is set (GNU)."""
+def _size(header: bytes, overrides: dict[str, str]) -> int:
+    """Size in bytes, in octal, or big-endian binary if the top bit is set (GNU); -1 if it cannot be read."""
+    if "size" in overrides:
+        text = overrides["size"]
+        return int(text) if text.isascii() and text.isdigit() else -1
+    field = header[124:136]
     return int.from_bytes(field[1:], "big") if field[0] & 0x80 else _octal(field)
 
 
@@ -108,14 +131,16 @@ def _name(header: bytes) -> str:
     return f"{prefix}/{name}" if prefix else name
 
 
-def _pax_records(data: bytes) -> dict[str, str]:
-    """Read ``length key=value`` records."""
+def _pax_records(data: bytes) -> dict[str, str] | None:
+    """Read ``length key=value`` records; None if they are damaged."""
     records = {}
     while data:
-        length, _, rest = data.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(data):
-            break
-        key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
+        length, _, _ = data.partition(b" ")
+        if not length.isdigit() or not len(length) < int(length) <= len(data):
+            return None
+        record, data = data[: int(length)], data[int(length) :]
+        key, equals, value = record[len(length) + 1 : -1].partition(b"=")
+        if not equals or record[-1:] != b"\n":
+            return None
         records[key.decode(errors="replace")] = value.decode(errors="replace")
-        data = data[int(length) :]
     return records

@@ -82,6 +82,60 @@ def test_a_flipped_bit_in_any_header_is_noticed(tmp_path):
                 index(tmp_path)
 
 
+def test_no_sample_hides_behind_a_false_end(tmp_path):
+    """A header wiped to zeros, two tars in one file, and a file of full length whose end was never downloaded."""
+    path = one_tar(tmp_path, [(f"{i}.{suffix}", b"x" * 300) for i in range(4) for suffix in ("jpg", "txt")])
+    whole = path.read_bytes()
+    for member in range(8):
+        path.write_bytes(whole[: member * 1024] + bytes(512) + whole[member * 1024 + 512 :])
+        with pytest.raises(DataError, match=f"damaged: its members end at byte {member * 1024}, but"):
+            index(tmp_path)
+    path.write_bytes(whole + whole)
+    with pytest.raises(DataError, match="damaged: its members end at byte 8192"):
+        index(tmp_path)
+    path.write_bytes(whole[:4096] + bytes(2**20 + 512))
+    with pytest.raises(DataError, match="damaged: its members end at byte 4096"):
+        index(tmp_path)
+    for padding in (512, 1024, 2**16):
+        path.write_bytes(whole[:8192] + bytes(padding))
+        assert index(tmp_path).counts.tolist() == [4]
+
+
+def header(name, kind, size):
+    """A header with a right checksum around whatever size is written in it."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    block[124:136] = size.ljust(12, b"\0")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.XGLTYPE])
+@pytest.mark.parametrize("size", [b"-0000001000", b"no number"])
+def test_a_size_that_leads_backwards_or_nowhere_is_refused(tmp_path, kind, size):
+    (tmp_path / "00000.tar").write_bytes(header("a", kind, size) + bytes(1024))
+    with pytest.raises(DataError, match="the member at byte 0 claims -"):
+        index(tmp_path)
+
+
+@pytest.mark.parametrize("records", [b"12 size=abc\n", b"13 size=-512\n", b"garbage", b"99 path=a\n", b"9 pathab\n"])
+def test_damaged_extended_headers_are_refused(tmp_path, records):
+    path = one_tar(tmp_path, [("a.jpg", b"x"), ("a.txt", b"x")])
+    extended = header("x", tarfile.XHDTYPE, b"%011o" % len(records)) + records.ljust(512, b"\0")
+    path.write_bytes(extended + path.read_bytes())
+    with pytest.raises(DataError, match=r"damaged extended header|claims -1 bytes"):
+        index(tmp_path)
+
+
+def test_what_an_extended_header_says_of_a_folder_is_not_said_of_the_next_file(tmp_path):
+    folder = tarfile.TarInfo("é" * 60)
+    folder.type = tarfile.DIRTYPE
+    one_tar(tmp_path, [(folder, None), ("a.jpg", b"x"), ("a.txt", b"x")], format=tarfile.PAX_FORMAT)
+    assert index(tmp_path).counts.tolist() == [1]
+
+
 def test_dangerous_members_are_refused(tmp_path):
     link = tarfile.TarInfo("a.jpg")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
