@@ -7,6 +7,7 @@ happen on the device.
 """
 
 import io
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,9 @@ class Decoder:
             raise ConfigError(f"data.resolution={resolution} must be a multiple of 8 (latents are); try {near}.")
         if crop not in _CROPS:
             raise ConfigError(f"data.crop={crop!r} is not a crop.{did_you_mean(crop, _CROPS)}")
+        for name, value in (("image_prompt_size", image_prompt_size), ("max_pixels", max_pixels)):
+            if value < 1:
+                raise ConfigError(f"data.{name} must be at least 1, got {value}.")
         if not 0.0 <= flip_rate <= 1.0:
             raise ConfigError(f"data.flip_rate must be between 0 and 1, got {flip_rate}.")
         self.resolution, self.image_prompt_size = resolution, image_prompt_size
@@ -93,21 +97,42 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
     """Decode to an upright RGB picture; its size is checked before a pixel is decoded.
 
     A JPEG of 631 bytes may claim 30,000 x 30,000 pixels, which costs 12 s and 1.5 GB to find out.
+
+    Raises:
+        DataError: not a JPEG, PNG or WebP, damaged, or of more than ``max_pixels``.
     """
     try:
-        if data[:2] == b"\xff\xd8":
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-            _check_size(height, width, max_pixels)
-            if colours not in ("CMYK", "YCCK") and b"Exif\0\0" not in data[:_EXIF_SEARCH_BYTES]:
-                return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", strict=True))
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            _check_size(image.height, image.width, max_pixels)
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of large sizes and odd EXIF blocks: both are judged here
+            return _decode_jpeg(data, max_pixels) if data[:2] == b"\xff\xd8" else _decode_other(data, max_pixels)
+    except DataError:
+        raise
+    except Exception as error:  # damaged pictures make decoders raise nearly anything, struct.error among them
         raise DataError(
             f"cannot decode: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
+
+
+def _decode_jpeg(data: bytes, max_pixels: int) -> Image.Image:
+    """Decode strictly, which Pillow does not: it fills damaged JPEG data with grey and says nothing."""
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    _check_size(height, width, max_pixels)
+    if colours in ("CMYK", "YCCK"):
+        simplejpeg.decode_jpeg(data, "CMYK", strict=True)  # only to be told of damage: Pillow knows the colours
+        return _decode_other(data, max_pixels)
+    image = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", strict=True))
+    if b"Exif\0\0" not in data[:_EXIF_SEARCH_BYTES]:
+        return image
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as header:
+        image.info["exif"] = header.info.get("exif", b"")
+    return ImageOps.exif_transpose(image)
+
+
+def _decode_other(data: bytes, max_pixels: int) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        _check_size(image.height, image.width, max_pixels)
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def resized_size(image: Image.Image, shortest: int) -> tuple[int, int]:
@@ -142,7 +167,13 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode; transparency is laid on white, which is what its author saw on a page."""
+    """Convert any mode.
+
+    Grey of 16 bits is scaled, where Pillow would clip nearly all of it to white; transparency is laid on white, which
+    is what its author saw on a page.
+    """
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

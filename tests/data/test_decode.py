@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -82,6 +83,56 @@ def test_all_modes_become_upright_rgb():
     assert decode_image(png(clear), max_pixels=100).getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_sixteen_bit_grey_keeps_its_levels():
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    decoded = np.asarray(decode_image(png(Image.fromarray(ramp)), max_pixels=1000))
+    assert (decoded[..., 0] == ramp >> 8).all()
+
+
+EXIF = Image.Exif()
+EXIF[0x0112] = 6
+
+
+@pytest.mark.parametrize(("mode", "options"), [("RGB", {}), ("RGB", {"exif": EXIF}), ("CMYK", {})])
+def test_damage_inside_a_jpeg_is_noticed(mode, options):
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (150, 200, 3), dtype=np.uint8)).convert(mode)
+    data = encode(noise, **options)
+    accepted = 0  # a JPEG has no checksum: now and then damage reads as other, valid codes
+    for at in rng.integers(len(data) // 2, len(data) - 1100, 40):
+        try:
+            decode_image(data[:at] + bytes(1000) + data[at + 1000 :], max_pixels=10**6)
+            accepted += 1
+        except DataError:
+            pass
+    assert accepted <= 2, "of 40; a lenient decoder accepts all"
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
+def test_whatever_is_damaged_nothing_but_data_errors_come_out(format_):
+    whole = encode(photo(48, 36), format_, exif=EXIF)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(400):
+        data = bytearray(whole)
+        for at in rng.integers(2, len(data), 4):
+            data[at] = rng.integers(256)
+        try:
+            assert decode_image(bytes(data), max_pixels=10**6).mode == "RGB"
+        except DataError:
+            refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize("side", [8_000, 10_000, 30_000, 2**31 - 1])
+def test_a_png_bomb_is_refused_by_its_header(side):
+    data = bytearray(png(Image.new("RGB", (16, 16))))
+    data[16:24] = struct.pack(">II", side, side)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    with pytest.raises(DataError, match=r"above data\.max_pixels|decompression bomb"):
+        decode_image(bytes(data), max_pixels=50_000_000)
+
+
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
 def test_truncated_pictures_are_errors(format_):
     data = encode(photo(200, 150), format_)
@@ -115,5 +166,7 @@ def test_gif_and_others_are_not_opened():
 def test_resolution_must_fit_the_latents():
     with pytest.raises(ConfigError, match=r"data\.resolution=500 must be a multiple of 8 .*try 496"):
         Decoder(resolution=500)
+    with pytest.raises(ConfigError, match=r"data\.image_prompt_size must be at least 1, got 0"):
+        Decoder(resolution=512, image_prompt_size=0)
     with pytest.raises(ConfigError, match="Did you mean 'center'"):
         Decoder(resolution=512, crop="centre")
