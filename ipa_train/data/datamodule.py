@@ -17,7 +17,7 @@ from ipa_train.data.plan import Plan
 from ipa_train.data.tolerance import ErrorBudget
 from ipa_train.errors import ConfigError, DataError
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 _log = logging.getLogger(__name__)
 
 
@@ -161,12 +161,21 @@ class StreamingDataModule(lightning.LightningDataModule):
         steps = self.trainer.global_step - self._start_step if self.trainer is not None else 0
         return self._start_position + steps * self.global_batch_size
 
+    @property
+    def _order(self) -> dict[str, str | int]:
+        """All that a position's sample depends on."""
+        return {
+            "index_id": self.index.index_id,
+            "seed": self.seed,
+            "num_lanes": self.num_lanes,
+            "window_size": self.window_size,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream; equal on all ranks."""
         return {
             "version": STATE_VERSION,
-            "index_id": self.index.index_id,
-            "seed": self.seed,
+            **self._order,
             "position": self.position,
             "step": self.trainer.global_step,
         }
@@ -175,13 +184,24 @@ class StreamingDataModule(lightning.LightningDataModule):
         """Go on at the saved place.
 
         Raises:
-            DataError: the shards or the seed are not those of the checkpoint.
+            DataError: the shards, the seed or the lanes and windows are not those of the checkpoint.
         """
+        if state_dict["version"] != STATE_VERSION:
+            raise DataError(
+                f"the checkpoint's place in the data is of version {state_dict['version']}, this release reads "
+                f"{STATE_VERSION}: train on with the release that wrote it."
+            )
         if state_dict["seed"] != self.seed:
             raise DataError(
                 f"this run has seed {self.seed}, its checkpoint {state_dict['seed']}: "
                 "use the old seed, or another run.name."
             )
+        for name in ("num_lanes", "window_size"):
+            if state_dict[name] != getattr(self, name):
+                raise DataError(
+                    f"data.{name}={getattr(self, name)}, but {state_dict[name]} in the checkpoint: samples would be "
+                    "repeated and left out; use the old value, or another run.name."
+                )
         if state_dict["index_id"] != self.index.index_id and not self.allow_index_change:
             raise DataError(
                 f"data.shards are not the ones of the checkpoint (index {self.index.index_id}, then "

@@ -11,7 +11,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -30,6 +30,9 @@ from ipa_train.runtime.files import atomic_write
 VERSION = 1
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT_SUFFIX = "txt"
+_MAX_MEMBER_BYTES = 2**30  # what 32 bits of a row can place
+_SAVE_EVERY = 256  # shards: what a killed run may have to do again
+_MAX_NAMED = 5
 ROW = np.dtype(
     [
         ("offset", "<u8"),  # of the sample's first byte in the tar
@@ -68,8 +71,18 @@ class Shard:
         return self.path.name
 
     def rows(self) -> ndarray:
-        """The rows, mapped into memory rather than read."""
-        return np.load(self.rows_path, mmap_mode="r", allow_pickle=False)
+        """The rows, mapped into memory rather than read.
+
+        Raises:
+            DataError: the file is not what was written.
+        """
+        try:
+            rows = np.load(self.rows_path, mmap_mode="r", allow_pickle=False)
+            if rows.dtype == ROW and len(rows) == self.entry.num_samples:
+                return rows
+        except (ValueError, EOFError):
+            pass
+        raise DataError(f"{self.rows_path}: damaged index; delete it, and it is built anew.")
 
 
 @dataclass(frozen=True)
@@ -136,8 +149,10 @@ def build_index(
 
     Raises:
         ConfigError: see :func:`find_shards`; or no folder to write to.
-        DataError: a shard is damaged, unfinished or empty; names it and the cure.
+        DataError: shards are damaged, unfinished or empty; names them and the cure. The others stay indexed.
     """
+    if not 1 <= max_member_bytes <= _MAX_MEMBER_BYTES:
+        raise ConfigError(f"data.max_member_bytes must be from 1 to {_MAX_MEMBER_BYTES}, got {max_member_bytes}.")
     paths = find_shards(spec)
     folders = {path.parent: index_dir or path.parent for path in paths}
     known = {folder: _read_entries(folder) for folder in set(folders.values())}
@@ -153,26 +168,53 @@ def build_index(
         else:
             stale.append((path, rows_path))
     if stale:
-        for folder in set(folders.values()):
+        for folder in known:
             _check_writable(folder)
         task = partial(_index_shard, allow_missing_stats=allow_missing_stats, max_member_bytes=max_member_bytes)
-        shards |= {shard.path: shard for shard in _run(task, stale, num_workers)}
-        for folder in set(folders.values()):
-            fresh = {s.rows_path.name: s.entry for s in shards.values() if s.rows_path.parent == folder}
-            _write_entries(folder, known[folder] | fresh)
+        refused = []
+        try:
+            for number, result in enumerate(_run(task, stale, num_workers), 1):
+                if isinstance(result, DataError):
+                    refused.append(result)
+                    continue
+                shards[result.path] = result
+                known[result.rows_path.parent][result.rows_path.name] = result.entry
+                if number % _SAVE_EVERY == 0:
+                    _write_entries(known)
+        finally:  # hours of indexing survive one bad shard, and Ctrl-C
+            _write_entries(known)
+        if refused:
+            raise DataError(" | ".join(map(str, refused[:_MAX_NAMED])) + _and_more(len(refused) - _MAX_NAMED))
     return Index(tuple(shards[path] for path in paths))
 
 
-def _run(task: partial[Shard], stale: list[tuple[Path, Path]], num_workers: int | None) -> list[Shard]:
+def _and_more(number: int) -> str:
+    return f" | and {number} more shards" if number > 0 else ""
+
+
+def _run(
+    task: partial[Shard | DataError], stale: list[tuple[Path, Path]], num_workers: int | None
+) -> Iterator[Shard | DataError]:
     workers = min(num_workers or os.cpu_count() or 1, len(stale))
     bar = partial(tqdm, total=len(stale), desc="index", unit="shard", disable=len(stale) < 8)
     if workers == 1 or len(stale) < 8:
-        return list(bar(map(task, stale)))
+        yield from bar(map(task, stale))
+        return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(bar(pool.map(task, stale, chunksize=4)))
+        yield from bar(pool.map(task, stale, chunksize=4))
 
 
-def _index_shard(paths: tuple[Path, Path], *, allow_missing_stats: bool, max_member_bytes: int) -> Shard:
+def _index_shard(paths: tuple[Path, Path], *, allow_missing_stats: bool, max_member_bytes: int) -> Shard | DataError:
+    """Index one shard; a refusal is handed back, so that one bad shard does not end the work on the others."""
+    try:
+        return _index_sound_shard(paths, allow_missing_stats, max_member_bytes)
+    except DataError as error:
+        return error
+    except OSError as error:
+        return DataError(f"{paths[0]}: cannot be indexed: {error}")
+
+
+def _index_sound_shard(paths: tuple[Path, Path], allow_missing_stats: bool, max_member_bytes: int) -> Shard:
     path, rows_path = paths
     stats = path.with_name(f"{path.stem}_stats.json")
     if not allow_missing_stats and not stats.exists():
@@ -236,11 +278,12 @@ def _read_entries(folder: Path) -> dict[str, ShardEntry]:
             if content["version"] == VERSION
             else {}
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def _write_entries(folder: Path, entries: dict[str, ShardEntry]) -> None:
-    content = {"version": VERSION, "shards": {name: asdict(entry) for name, entry in sorted(entries.items())}}
-    with atomic_write(folder / "index.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
+def _write_entries(known: dict[Path, dict[str, ShardEntry]]) -> None:
+    for folder, entries in known.items():
+        content = {"version": VERSION, "shards": {name: asdict(entry) for name, entry in sorted(entries.items())}}
+        with atomic_write(folder / "index.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=1))

@@ -9,7 +9,8 @@ workers only decide who loads a position, never which one comes next:
 Every epoch shuffles the shards, and every window within it, by Philox counters keyed with (seed, epoch, lane, window).
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import numpy as np
 from jaxtyping import Int64
@@ -36,6 +37,8 @@ class Plan:
         for name, value in (("num_lanes", num_lanes), ("window_size", window_size)):
             if value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {value}.")
+        if seed < 0:
+            raise ConfigError(f"data.seed must be at least 0, got {seed}.")
         self.counts = np.asarray(counts, np.int64)
         self.num_samples = int(self.counts.sum())
         if self.num_samples == 0:
@@ -46,6 +49,11 @@ class Plan:
         self._lane_starts = np.concatenate([[0], np.cumsum(lengths)])
         self._shard_order = lru_cache(2)(self._draw_shard_order)
         self._window = lru_cache(4 * num_lanes)(self._draw_window)
+
+    def __reduce__(self) -> tuple[Callable[..., "Plan"], tuple[ndarray]]:
+        # The caches stay here: workers that are spawned rather than forked get the plan pickled.
+        rebuild = partial(Plan, seed=self.seed, num_lanes=self.num_lanes, window_size=self.window_size)
+        return rebuild, (self.counts,)
 
     def locate(self, positions: Int64[ndarray, "b"]) -> tuple[ndarray, ndarray, ndarray]:
         """Return (epoch, shard, row in the shard's index) of each position."""

@@ -189,6 +189,43 @@ def test_missing_empty_and_unfinished_shards(tmp_path, shards):
         index(tmp_path)
 
 
+def test_one_look_finds_all_bad_shards_and_keeps_what_is_done(tmp_path):
+    folder = write_shards(tmp_path / "many", (2,) * 12)
+    for number in (3, 8):
+        path = folder / f"{number:05d}.tar"
+        path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(DataError, match=r"00003\.tar: truncated .* \| .*00008\.tar: truncated"):
+        build_index(str(folder), num_workers=1)
+    done = {path: path.stat().st_mtime_ns for path in folder.glob("*.idx.npy")}
+    assert len(done) == 10
+    write_shards(folder, (2,) * 9)
+    assert build_index(str(folder), num_workers=1).counts.tolist() == [2] * 12
+    later = {path: path.stat().st_mtime_ns for path in done}
+    assert all(later[folder / f"{n:05d}.idx.npy"] == done[folder / f"{n:05d}.idx.npy"] for n in (9, 10, 11))
+
+
+def test_many_shards_are_indexed_by_several_processes(tmp_path):
+    folder = write_shards(tmp_path / "many", (1, 2, 3, 4, 5, 6, 7, 8, 9))
+    assert build_index(str(folder), num_workers=2).counts.tolist() == list(range(1, 10))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"not an array"])
+def test_damaged_rows_are_named(shards, content):
+    first = build_index(str(shards)).shards[0]
+    whole = first.rows_path.read_bytes()
+    for damaged in (content, whole[:-28], whole[:40]):
+        first.rows_path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"00000\.idx\.npy: damaged index; delete it"):
+            build_index(str(shards)).shards[0].rows()
+    first.rows_path.unlink()
+    assert len(build_index(str(shards)).shards[0].rows()) == 7
+
+
+def test_member_sizes_that_no_row_can_hold_are_refused(shards):
+    with pytest.raises(ConfigError, match=r"data\.max_member_bytes must be from 1 to 1073741824, got 0"):
+        build_index(str(shards), max_member_bytes=0)
+
+
 def test_the_index_can_live_elsewhere(shards, tmp_path):
     other = write_shards(tmp_path / "other", (2, 3))
     spec = [str(shards / "*.tar"), str(other / "*.tar")]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -43,6 +44,18 @@ def test_pixel_identical_for_any_ranks_workers_and_batch_sizes(shards):
     first = stream(datamodule(shards, **options), 0, 3, world_size=4)
     rest = stream(datamodule(shards, global_batch_size=12, batch_size=3, **options), 24, 2, world_size=2, workers=1)
     assert first | rest == whole
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_may_be_started_in_any_way(shards, method):
+    options = {"crop": "random", "flip_rate": 0.5}
+    data = datamodule(shards, **options)
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        assert stream(data, 0, 2, workers=1) == stream(data, 0, 2)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def damage(shards, names):
@@ -138,10 +151,24 @@ def test_a_batch_is_what_it_says(shards):
 
 
 def test_other_shards_or_another_seed_are_refused_at_a_resume(shards, tmp_path):
-    state = {"version": 1, "index_id": datamodule(shards).index.index_id, "seed": 0, "position": 16, "step": 2}
+    state = {
+        "version": 2,
+        "index_id": datamodule(shards).index.index_id,
+        "seed": 0,
+        "num_lanes": 3,
+        "window_size": 5,
+        "position": 16,
+        "step": 2,
+    }
     datamodule(shards).load_state_dict(state)
     with pytest.raises(DataError, match="this run has seed 5, its checkpoint 0"):
         datamodule(shards, seed=5).load_state_dict(state)
+    with pytest.raises(DataError, match=r"data\.num_lanes=4, but 3 in the checkpoint"):
+        datamodule(shards, num_lanes=4).load_state_dict(state)
+    with pytest.raises(DataError, match=r"data\.window_size=6, but 5 in the checkpoint"):
+        datamodule(shards, window_size=6).load_state_dict(state)
+    with pytest.raises(DataError, match="of version 1, this release reads 2"):
+        datamodule(shards).load_state_dict(state | {"version": 1})
     other = write_shards(tmp_path / "other", (4, 4))
     with pytest.raises(DataError, match=r"set data\.allow_index_change=true to go on at sample 16"):
         datamodule(other).load_state_dict(state)

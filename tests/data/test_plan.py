@@ -1,5 +1,7 @@
 """Every sample once per epoch, whoever loads it."""
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -60,3 +62,14 @@ def test_batches_mix_shards():
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(ConfigError, match="global_batch_size=10 cannot be shared equally by 4 processes"):
         Plan(np.array([100])).rank_positions(0, 10, 0, 4)
+
+
+def test_a_plan_survives_the_way_to_a_spawned_worker():
+    plan = Plan(np.array([30, 40]), seed=5, num_lanes=3, window_size=7)
+    before = sample_ids(plan, np.arange(140))
+    assert (sample_ids(pickle.loads(pickle.dumps(plan)), np.arange(140)) == before).all()
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ConfigError, match=r"data\.seed must be at least 0, got -1"):
+        Plan(np.array([3]), seed=-1)
