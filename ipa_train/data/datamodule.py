@@ -151,8 +151,7 @@ class StreamingDataModule(lightning.LightningDataModule):
         """Take out the report of bad samples, and stop when there are too many."""
         if not isinstance(batch, LoadedBatch):
             return batch
-        sizes = {b.shard: s.entry.num_samples for b in batch.bad for s in self.index.shards if s.name == b.shard}
-        self.budget.record(len(batch.batch), batch.bad, sizes)
+        self.budget.record(batch.num_samples, batch.bad)
         return batch.batch
 
     @property

@@ -3,7 +3,7 @@
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,14 +24,29 @@ _MAX_OPEN_SHARDS = 128
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """What a worker hands over: the batch, and the bad samples that were replaced on the way."""
+    """What a worker hands over: the batch, or why there is none, and the bad samples met on the way.
 
-    batch: Batch
+    An exception raised in a worker would arrive wrapped in a traceback, and without the bad samples that explain it.
+    """
+
+    result: Batch | DataError
     bad: list[BadSample]
+    num_samples: int
+
+    @property
+    def batch(self) -> Batch:
+        """The batch.
+
+        Raises:
+            DataError: there is none, the shards are too damaged.
+        """
+        if isinstance(self.result, DataError):
+            raise self.result
+        return self.result
 
     def pin_memory(self) -> "LoadedBatch":
         """Called by the DataLoader when ``pin_memory`` is on."""
-        return LoadedBatch(self.batch.pin_memory(), self.bad)
+        return self if isinstance(self.result, DataError) else replace(self, result=self.result.pin_memory())
 
 
 class ShardReader:
@@ -45,11 +60,14 @@ class ShardReader:
         """Return (image bytes, caption, key).
 
         Raises:
-            DataError: the shard is gone or shorter than its index says, or the caption is no UTF-8.
+            DataError: the shard cannot be read or is shorter than its index says, or the caption is no UTF-8.
         """
         descriptor, rows = self._shard(shard)
         where = rows[row]
-        data = os.pread(descriptor, int(where["length"]), int(where["offset"]))
+        try:
+            data = os.pread(descriptor, int(where["length"]), int(where["offset"]))
+        except OSError as error:
+            raise DataError(f"cannot read: {error.strerror}") from error
         if len(data) < where["length"]:
             raise DataError(f"truncated since it was indexed: {len(data)} of {where['length']} bytes")
         image = data[where["image_start"] :][: where["image_length"]]
@@ -72,7 +90,8 @@ class ShardReader:
         if shard not in self._open:
             source = self.index.shards[shard]
             try:
-                self._open[shard] = os.open(source.path, os.O_RDONLY), source.rows()
+                rows = source.rows()
+                self._open[shard] = os.open(source.path, os.O_RDONLY), rows
             except OSError as error:
                 raise DataError(f"cannot open: {error.strerror}") from error
             if len(self._open) > _MAX_OPEN_SHARDS:
@@ -101,13 +120,21 @@ class StreamDataset(Dataset[LoadedBatch]):
 
     def __getitem__(self, positions: np.ndarray) -> LoadedBatch:
         bad: list[BadSample] = []
+        result: Batch | DataError
+        try:
+            result = self._batch(positions, bad)
+        except DataError as error:
+            result = error
+        return LoadedBatch(result, bad, len(positions))
+
+    def _batch(self, positions: np.ndarray, bad: list[BadSample]) -> Batch:
         _, shards, rows = self.plan.locate(positions)
         samples = [
             self._sample(int(position), int(shard), int(row), bad)
             for position, shard, row in zip(positions, shards, rows, strict=True)
         ]
         decoded, captions, keys = zip(*samples, strict=True)
-        batch = Batch(
+        return Batch(
             pixels=torch.stack([d.pixels for d in decoded]),
             image_prompts=torch.stack([d.image_prompt for d in decoded]),
             captions=list(captions),
@@ -116,19 +143,19 @@ class StreamDataset(Dataset[LoadedBatch]):
             crop_top_lefts=torch.tensor([d.crop_top_left for d in decoded]),
             keys=list(keys),
         )
-        return LoadedBatch(batch, bad)
 
     def _sample(self, position: int, shard: int, row: int, bad: list[BadSample]) -> tuple[Decoded, str, str]:
         """Read and decode the sample of a position, or a substitute for it."""
         for attempt in range(MAX_ATTEMPTS):
             if attempt:
                 shard, row = self.plan.locate_again(position, attempt)
-            name = self.reader.index.shards[shard].name
+            source = self.reader.index.shards[shard]
             try:
                 image, caption, key = self.reader.read(shard, row)
-                return self.decoder(image, position), caption, f"{name}/{key}"
+                return self.decoder(image, position), caption, f"{source.name}/{key}"
             except DataError as error:
-                bad.append(BadSample(position, name, row, self.reader.key(shard, row), str(error)))
+                key = self.reader.key(shard, row)
+                bad.append(BadSample(position, str(source.path), source.entry.num_samples, row, key, str(error)))
         worst = "; ".join(f"{b.shard}/{b.key}: {b.error}" for b in bad[-MAX_ATTEMPTS:])
         raise DataError(f"{MAX_ATTEMPTS} samples in a row are bad, the shards are damaged: {worst}")
 

@@ -20,6 +20,9 @@ class BadSample:
 
     position: int
     shard: str
+    """Path of the tar: two folders may hold shards of one name."""
+    shard_size: int
+    """Samples in that shard."""
     row: int
     key: str
     error: str
@@ -41,7 +44,7 @@ class ErrorBudget:
         self._recent: deque[int] = deque()
         self._rows: dict[str, set[int]] = {}
 
-    def record(self, num_samples: int, bad: list[BadSample], shard_sizes: dict[str, int]) -> None:
+    def record(self, num_samples: int, bad: list[BadSample]) -> None:
         """Count a batch.
 
         Raises:
@@ -60,9 +63,9 @@ class ErrorBudget:
                 file.writelines(json.dumps(asdict(sample)) + "\n" for sample in bad)
         if len(self._recent) > self.max_bad_rate * self.window:
             self._stop(f"{len(self._recent)} of the last {min(self.num_seen, self.window)} samples are bad", bad)
-        for shard in {sample.shard for sample in bad}:
-            if len(self._rows[shard]) > shard_sizes[shard] / 2:
-                self._stop(f"more than half of {shard} is bad", bad)
+        for sample in bad:
+            if len(self._rows[sample.shard]) > sample.shard_size / 2:
+                self._stop(f"more than half of {sample.shard} is bad", bad)
 
     def _stop(self, what: str, bad: list[BadSample]) -> None:
         worst = ", ".join(f"{shard} ({count})" for shard, count in self.by_shard.most_common(3))

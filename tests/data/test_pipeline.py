@@ -88,7 +88,7 @@ def test_bad_samples_are_reported_by_name(shards):
     damage(shards, {"00001.tar/3"})
     loader = iter(datamodule(shards).loader(0))
     bad = [b for _ in range(3) for b in next(loader).bad]
-    assert {(b.shard, b.row, b.key) for b in bad} == {("00001.tar", 3, "000010003")}
+    assert {(b.shard, b.shard_size, b.row, b.key) for b in bad} == {(str(shards / "00001.tar"), 5, 3, "000010003")}
     assert all(b.error.startswith("cannot decode") for b in bad)
 
 
@@ -103,34 +103,62 @@ def test_a_shard_truncated_after_indexing_is_noticed(shards):
     assert all("truncated since it was indexed" in b.error for b in bad)
 
 
-def test_when_everything_is_bad_it_stops(shards):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_when_everything_is_bad_it_stops_with_one_line(shards, workers, tmp_path):
     damage(shards, {f"{s:05d}.tar/{i}" for s in range(3) for i in range(9)})
-    with pytest.raises(DataError, match=r"8 samples in a row are bad.*00000"):
-        next(iter(datamodule(shards).loader(0)))
+    data = datamodule(shards)
+    data.budget = ErrorBudget(max_bad_rate=1.0, window=10, log_path=tmp_path / "bad.jsonl")
+    loaded = next(iter(data.loader(0, workers=workers)))
+    with pytest.raises(DataError, match=r"8 samples in a row are bad.*00000") as error:
+        data.on_before_batch_transfer(loaded, 0)
+    assert "\n" not in str(error.value)
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 8, "what stopped the run is in its log"
 
 
-def failure(i, shard="a.tar"):
-    return BadSample(position=i, shard=shard, row=i, key=str(i), error="cannot decode: x")
+def test_a_shard_that_cannot_be_read_is_a_bad_sample(shards):
+    data = datamodule(shards)
+    _ = data.index
+    (shards / "00001.tar").unlink()
+    (shards / "00001.tar").mkdir()
+    loader = iter(data.loader(0))
+    bad = [b for _ in range(3) for b in next(loader).bad]
+    assert {b.error for b in bad} == {"cannot read: Is a directory"}
+
+
+def test_shards_of_one_name_in_two_folders_are_told_apart(shards, tmp_path):
+    """Half of the small shard would not be half of the large one of the same name."""
+    other = write_shards(tmp_path / "other", (2,))
+    damage(other, {"00000.tar/0"})
+    data = StreamingDataModule(
+        shards=[str(other), str(shards)], global_batch_size=8, resolution=32, image_prompt_size=32, max_bad_rate=1.0
+    )
+    loader = iter(data.loader(0))
+    for _ in range(3):
+        data.on_before_batch_transfer(next(loader), 0)
+    assert set(data.budget.by_shard) == {str(other / "00000.tar")}
+
+
+def failure(i, shard="a.tar", shard_size=10_000):
+    return BadSample(position=i, shard=shard, shard_size=shard_size, row=i, key=str(i), error="cannot decode: x")
 
 
 def test_the_budget_stops_the_run_and_names_the_worst_shards(tmp_path):
     log = tmp_path / "bad.jsonl"
     budget = ErrorBudget(max_bad_rate=0.01, window=1000, log_path=log)
-    sizes = {"a.tar": 10_000, "b.tar": 10_000}
-    budget.record(500, [failure(i) for i in range(9)], sizes)
-    budget.record(300, [failure(99, "b.tar")], sizes)
+    budget.record(500, [failure(i) for i in range(9)])
+    budget.record(300, [failure(99, "b.tar")])
     with pytest.raises(DataError, match=r"11 of the last 1000 samples are bad.*a\.tar \(10\), b\.tar \(1\)"):
-        budget.record(200, [failure(100)], sizes)
+        budget.record(200, [failure(100)])
     assert [json.loads(line)["position"] for line in log.read_text().splitlines()] == [*range(9), 99, 100]
 
 
 def test_old_failures_leave_the_window_but_a_broken_shard_does_not_pass():
     budget = ErrorBudget(max_bad_rate=0.02, window=1000)
     for _ in range(30):
-        budget.record(1000, [failure(i) for i in range(9)], {"a.tar": 1000})
+        budget.record(1000, [failure(i) for i in range(9)])
     assert budget.num_bad == 270
     with pytest.raises(DataError, match=r"more than half of c\.tar is bad"):
-        budget.record(1, [failure(i, "c.tar") for i in range(3)], {"c.tar": 5})
+        budget.record(1, [failure(i, "c.tar", 5) for i in range(3)])
 
 
 def test_sizes_are_checked(shards):
