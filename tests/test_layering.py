@@ -23,7 +23,7 @@ HOMES = {
     "hydra": {"cli"},
     "omegaconf": {"cli"},
     "lightning": {"training", "cli", "data/datamodule.py"},
-    "webdataset": {"data"},
+    "webdataset": {"data", "data_tools"},
     "diffusers": {"bases", "export", "eval"},
     "transformers": {"bases", "conditioning", "eval"},
     "deepspeed": set(),
@@ -52,6 +52,14 @@ def test_imports_point_one_way(path):
             assert other == layer or RANK[other] < RANK[layer], f"{inside} imports {module}"
         if package in HOMES:
             assert {layer, str(inside)} & HOMES[package], f"{inside} imports {package}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data_tools").glob("*.py")), ids=lambda p: p.name)
+def test_tools_know_neither_training_nor_the_command_line(path):
+    for module in imports(path):
+        assert not module.startswith(("ipa_train.training", "ipa_train.cli")), f"{path.name} imports {module}"
+        package = module.partition(".")[0]
+        assert package not in HOMES or "data_tools" in HOMES[package], f"{path.name} imports {package}"
 
 
 def test_every_layer_has_its_place():

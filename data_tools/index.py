@@ -1,0 +1,34 @@
+"""Index shards ahead of training, e.g. on a node with many cores; training does it by itself otherwise.
+
+ipa data index '/data/laion/{00000..41000}.tar'
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ipa_train.data.index import build_index
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the tool's arguments."""
+    parser.add_argument("shards", nargs="+", help="folder, glob, or /data/{00000..00010}.tar")
+    parser.add_argument("--index-dir", type=Path, help="where to write it, if not beside the shards")
+    parser.add_argument("--allow-missing-stats", action="store_true", help="take shards of other writers")
+    parser.add_argument("--workers", type=int, help="processes; default: one per core")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Index and report."""
+    index = build_index(
+        args.shards,
+        index_dir=args.index_dir,
+        allow_missing_stats=args.allow_missing_stats,
+        num_workers=args.workers,
+    )
+    incomplete = sum(shard.entry.num_incomplete for shard in index.shards)
+    sys.stdout.write(
+        f"{int(index.counts.sum()):,} samples in {len(index.shards):,} shards, {incomplete:,} incomplete left out, "
+        f"index {index.index_id}\n"
+    )
+    return 0

@@ -1,0 +1,105 @@
+"""What all tools share: work spread over processes with a progress bar, and a report that says what came of it.
+
+A task is one output (a shard, as a rule), written atomically and last of all; a re-run does only what is missing.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from ipa_train.errors import ConfigError, DataError
+from ipa_train.runtime.files import atomic_write
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+_MAX_SHOWN = 5
+EXIT_PROBLEMS = 1
+"""The work is done, but its result is not to be trusted blindly: the report names what is wrong."""
+
+
+def add_work_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what every tool takes."""
+    parser.add_argument("--workers", type=int, help="processes; default: one per core")
+    parser.add_argument("--report", type=Path, help="where to write the JSON report, if not beside the output")
+
+
+def run_tasks(
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    *,
+    description: str,
+    unit: str = "shard",
+    workers: int | None = None,
+) -> Iterator[tuple[Task, Result | DataError]]:
+    """Yield (task, result) in the order of ``tasks``; a DataError is handed over in place of a result.
+
+    ``function`` and its tasks cross to other processes: they must be picklable, so a plain function or a partial of
+    one. Any exception but DataError and OSError is a fault of ours, and is raised.
+
+    Raises:
+        ConfigError: ``workers`` is below 1.
+    """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers must be at least 1, got {workers}.")
+    workers = min(workers or os.cpu_count() or 1, len(tasks))
+    safely = partial(_refuse, function)
+    bar = partial(tqdm, total=len(tasks), desc=description, unit=unit, disable=None)
+    if workers <= 1:
+        yield from zip(tasks, bar(map(safely, tasks)), strict=True)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from zip(tasks, bar(pool.map(safely, tasks)), strict=True)
+
+
+def _refuse(function: Callable[[Task], Result], task: Task) -> Result | DataError:
+    """One task's failure, as a value: it must not end the work on the others."""
+    try:
+        return function(task)
+    except DataError as error:
+        return error
+    except OSError as error:
+        return DataError(f"{error.filename or task}: {error.strerror or error}")
+
+
+class Report:
+    """Counts, problems and whatever else a tool found; one JSON file, one summary, one exit code."""
+
+    def __init__(self, tool: str, **facts: Any) -> None:
+        self.tool, self.facts = tool, facts
+        self.counts: Counter[str] = Counter()
+        self.problems: list[str] = []
+
+    def problem(self, text: str) -> None:
+        """Note what makes the result doubtful: it will be in the report, and the exit code will not be 0."""
+        self.problems.append(text)
+
+    def finish(self, path: Path) -> int:
+        """Write the report to ``path``, say what came of it, and return the exit code: 0, or 1 if there are problems.
+
+        Raises:
+            ConfigError: the report cannot be written there.
+        """
+        content = {"tool": self.tool, "ok": not self.problems, "counts": dict(self.counts)}
+        content |= {"problems": self.problems, **self.facts}
+        try:
+            with atomic_write(path) as temporary:
+                temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--report {path}: cannot be written: {error.strerror}.") from error
+        counts = ", ".join(f"{count:,} {what}" for what, count in self.counts.items())
+        sys.stdout.write(f"{self.tool}: {counts or 'nothing to do'}; report in {path}\n")
+        for text in self.problems[:_MAX_SHOWN]:
+            sys.stdout.write(f"  {text}\n")
+        if len(self.problems) > _MAX_SHOWN:
+            sys.stdout.write(f"  and {len(self.problems) - _MAX_SHOWN:,} more problems\n")
+        return EXIT_PROBLEMS if self.problems else 0

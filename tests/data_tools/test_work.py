@@ -1,0 +1,54 @@
+"""Work spread over processes, and the report of it."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from data_tools.work import Report, run_tasks
+from ipa_train.errors import ConfigError, DataError
+
+
+def size_of(path: Path) -> int:
+    if path.name == "refused":
+        raise DataError(f"{path}: refused")
+    return path.stat().st_size
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_failure_does_not_end_the_work_on_the_others(tmp_path, workers):
+    paths = [tmp_path / name for name in ("a", "refused", "missing", "b")]
+    for path in (paths[0], paths[3]):
+        path.write_bytes(b"12345")
+    results = list(run_tasks(size_of, paths, description="sizes", workers=workers))
+    assert [task for task, _ in results] == paths
+    assert (results[0][1], results[3][1]) == (5, 5)
+    assert str(results[1][1]) == f"{paths[1]}: refused"
+    assert str(results[2][1]) == f"{paths[2]}: No such file or directory"
+
+
+def test_a_report_says_whether_to_trust_the_result(tmp_path, capsys):
+    report = Report("validate", folder=tmp_path)
+    report.counts["samples"] += 1200
+    assert report.finish(tmp_path / "report.json") == 0
+    for number in range(7):
+        report.problem(f"shard {number} is bad")
+    assert report.finish(tmp_path / "report.json") == 1
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert (content["ok"], content["counts"], len(content["problems"])) == (False, {"samples": 1200}, 7)
+    assert content["folder"] == str(tmp_path)
+    assert "validate: 1,200 samples" in (shown := capsys.readouterr().out)
+    assert "and 2 more problems" in shown
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        Report("index").finish(tmp_path / "report.json")
+
+
+def test_no_workers_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--workers must be at least 1, got 0"):
+        list(run_tasks(size_of, [tmp_path], description="sizes", workers=0))
