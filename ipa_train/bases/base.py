@@ -7,6 +7,7 @@ the forward after such state is gone, and then returns wrong gradients without a
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -72,6 +73,10 @@ class Base(nn.Module, ABC):
     @abstractmethod
     def encode_images(self, pixels: UInt8[Tensor, "b c h w"]) -> LatentPosterior:
         """Encode RGB 0..255 into the fp32 latent posterior."""
+
+    @abstractmethod
+    def latents_identity(self) -> dict[str, Any]:
+        """What latents depend on: the VAE's weights and scaling."""
 
     @abstractmethod
     def encode_text(self, captions: Sequence[str]) -> TextConditioning:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ipa_train.adapter.sites import AttentionSite
 from ipa_train.bases.base import Base, LatentPosterior, MicroConditioning, TextConditioning
 from ipa_train.errors import ConfigError
+from ipa_train.runtime.identity import weights_sha256
 from ipa_train.runtime.precision import to_dtype
 
 _PIPELINE = "StableDiffusionPipeline"
@@ -92,14 +94,14 @@ class StableDiffusion(Base):
         vae_precision = to_dtype(vae_dtype or dtype, option="base.vae_dtype")
         try:
             unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=precision, **where)
-            vae = AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=vae_precision, **where)
+            vae = AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=torch.float32, **where)
             text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=precision, **where)
             tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", revision=revision)
             scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler", revision=revision)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"base.path={path}: cannot load this base: {reason}") from error
-        return cls(
+        base = cls(
             unet=unet,
             vae=vae,
             text_encoder=text_encoder,
@@ -108,6 +110,9 @@ class StableDiffusion(Base):
             path=str(path),
             gradient_checkpointing=gradient_checkpointing,
         )
+        _ = base._vae_sha256  # of the weights as they are stored, before they are rounded
+        base.vae.to(vae_precision)
+        return base
 
     @torch.no_grad()
     def encode_images(self, pixels: UInt8[Tensor, "b c h w"]) -> LatentPosterior:
@@ -116,6 +121,14 @@ class StableDiffusion(Base):
         posterior = self.vae.encode(images).latent_dist
         scaling = self.vae.config.scaling_factor
         return LatentPosterior(posterior.mean.float() * scaling, posterior.std.float() * scaling)
+
+    def latents_identity(self) -> dict[str, Any]:
+        """Hash of the VAE's weights, and the scaling factor."""
+        return {"vae_sha256": self._vae_sha256, "scaling_factor": self.vae.config.scaling_factor}
+
+    @cached_property
+    def _vae_sha256(self) -> str:
+        return weights_sha256(self.vae)
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextConditioning:

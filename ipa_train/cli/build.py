@@ -55,10 +55,13 @@ def build_module(config: DictConfig) -> AdapterTraining:
 def build_data(config: DictConfig, module: AdapterTraining) -> StreamingDataModule:
     """Make the data module; rank 0 indexes the shards now, so that their faults show before anything is written."""
     data: StreamingDataModule = instantiate(
-        config.data, image_prompt_size=module.image_encoder.image_size, bad_samples_dir=config.run.path
+        config.data,
+        image_prompt_size=module.image_encoder.image_size,
+        bad_samples_dir=config.run.path,
+        encoders=module.encoders_identity(),
     )
     if rank() == 0:
-        _ = data.plan
+        _ = data.stream
     return data
 
 

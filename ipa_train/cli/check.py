@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from ipa_train.cli.build import build_data, build_module, build_trainer, describe_parameters
 from ipa_train.cli.config import load_config
+from ipa_train.data.batch import Pictures
 from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.errors import DataError
 from ipa_train.export.description import describe_adapter
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_one_batch(config: DictConfig, module: AdapterTraining, data: StreamingDataModule, num_samples: int) -> None:
-    loaded = next(iter(data.loader(0, workers=0)))
+    loaded = next(iter(data.loader()))
     if loaded.bad:
         worst = loaded.bad[0]
         raise DataError(
@@ -74,8 +75,10 @@ def _run_one_batch(config: DictConfig, module: AdapterTraining, data: StreamingD
         peak = torch.cuda.max_memory_allocated() / 2**30
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    shape = "x".join(map(str, batch.pixels.shape))
-    _say("step", f"pixels {shape}, loss {loss.item():.4f}, gradient norm {gradient.item():.3g}")
+    content = batch.content
+    shape = "x".join(map(str, (content.pixels if isinstance(content, Pictures) else content.latents_mean).shape))
+    what = "pixels" if isinstance(content, Pictures) else "cached latents"
+    _say("step", f"{what} {shape}, loss {loss.item():.4f}, gradient norm {gradient.item():.3g}")
     _say("step", f"{seconds:.1f} s for the first micro-batch on {device}, peak memory {peak:.2f} GiB")
 
 

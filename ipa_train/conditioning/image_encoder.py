@@ -1,11 +1,11 @@
 """Image encoders behind one call: RGB image prompts -> image features, and the features of "no image"."""
 
-import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPVisionModelWithProjection
@@ -13,6 +13,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ipa_train.adapter.projector import FeatureKind
 from ipa_train.errors import ConfigError
+from ipa_train.runtime.identity import weights_sha256
 from ipa_train.runtime.precision import to_dtype
 
 
@@ -84,9 +85,15 @@ class CLIPImageEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, image_prompts: UInt8[Tensor, "b c h w"], kind: FeatureKind) -> Float[Tensor, "b *s f"]:
-        """Features of RGB 0..255 images of ``image_size`` square: (b, f) pooled or (b, s, f) penultimate."""
-        pixels = (image_prompts.float() / 255.0 - self.mean) / self.std
-        return self._features(pixels, kind)
+        """Features of RGB 0..255 images: (b, f) pooled or (b, s, f) penultimate.
+
+        Pictures of another size than ``image_size`` square are resized and cropped as CLIP's own processor does it, to
+        within 0.2 of 255 levels on average.
+        """
+        pixels = image_prompts.float()
+        if pixels.shape[-2:] != (self.image_size, self.image_size):
+            pixels = resize_and_crop(pixels, self.image_size)
+        return self._features((pixels / 255.0 - self.mean) / self.std, kind)
 
     @torch.no_grad()
     def null_features(self, kind: FeatureKind) -> Float[Tensor, "1 *s f"]:
@@ -118,13 +125,18 @@ class CLIPImageEncoder(nn.Module):
 
     @cached_property
     def _weights_sha256(self) -> str:
-        """Hash of the weights rounded to fp16: fp32 and fp16 files of one model are the same encoder."""
-        digest = hashlib.sha256()
-        for name, weight in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(weight.to("cpu", torch.float16).contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return weights_sha256(self.model)
 
     def train(self, mode: bool = True) -> "CLIPImageEncoder":
         """Stay in eval mode: the encoder is frozen."""
         return super().train(False)
+
+
+def resize_and_crop(pixels: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b c p q"]:
+    """The centre square of RGB 0..255 pictures, resized to ``size`` (bicubic, antialiased) and rounded to levels."""
+    height, width = pixels.shape[-2:]
+    edge = min(height, width)
+    top, left = (height - edge) // 2, (width - edge) // 2
+    square = pixels[..., top : top + edge, left : left + edge]
+    resized = F.interpolate(square, (size, size), mode="bicubic", antialias=True, align_corners=False)
+    return resized.round().clamp(0.0, 255.0)

@@ -5,12 +5,39 @@ Axis letters in shape annotations: ``b`` batch, ``c h w`` image or latent, ``l``
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float16, Int64, UInt8
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """What the frozen encoders are to encode; RGB 0..255."""
+
+    pixels: UInt8[Tensor, "b c h w"]
+    """Training targets, resized and cropped to the training resolution; channels last in memory."""
+    separate_prompts: UInt8[Tensor, "b c p q"] | None
+    """None where the pixels hold all that the image encoder is to see: it resizes them itself."""
+
+    @property
+    def image_prompts(self) -> UInt8[Tensor, "b c p q"]:
+        """What the image encoder sees."""
+        return self.pixels if self.separate_prompts is None else self.separate_prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What the frozen encoders made of the pictures when they were cached."""
+
+    latents_mean: Float16[Tensor, "b c h w"]
+    latents_std: Float16[Tensor, "b c h w"] | None
+    """None where the cache holds the means alone; they are then taken as the latents."""
+    image_features: Float16[Tensor, "b *s f"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +47,7 @@ class Batch:
     Captions are raw strings, so that one set of shards serves every family of base models.
     """
 
-    pixels: UInt8[Tensor, "b c h w"]
-    """Training targets, RGB 0..255, resized and cropped to the training resolution."""
-    image_prompts: UInt8[Tensor, "b c p q"]
-    """What the image encoder sees: RGB 0..255 at the encoder's input size, from the uncropped original."""
+    content: Pictures | Features
     captions: list[str]
     positions: Int64[Tensor, "b"]
     """Place of each sample in the infinite stream; the key of every random draw made for it."""
@@ -31,25 +55,28 @@ class Batch:
     """Height and width of the stored image, in pixels."""
     crop_top_lefts: Int64[Tensor, "b 2"]
     """Top and left of the crop, in pixels of the resized image (SDXL micro-conditioning)."""
+    target_sizes: Int64[Tensor, "b 2"]
+    """Height and width of the training pixels."""
     keys: list[str]
     """``shard/sample`` names, for messages that must name a sample."""
-
-    @property
-    def target_sizes(self) -> Int64[Tensor, "b 2"]:
-        """Height and width of the training pixels."""
-        return torch.tensor(self.pixels.shape[-2:], device=self.pixels.device).expand(len(self), 2)
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch with its tensors on ``device``."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory; called by the DataLoader when ``pin_memory`` is on."""
-        return self._map(torch.Tensor.pin_memory)
+        return _map_tensors(self, torch.Tensor.pin_memory)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+
+def _map_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
+    changed: dict[str, Any] = {}
+    for name, part in vars(value).items():
+        if isinstance(part, Tensor):
+            changed[name] = change(part)
+        elif is_dataclass(part):
+            changed[name] = _map_tensors(part, change)
+    return replace(value, **changed)  # type: ignore[type-var]

@@ -1,23 +1,30 @@
-"""The stream as Lightning wants it; its state is one integer."""
+"""The stream as Lightning wants it; its state is one integer for each bucket."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from ipa_train.data.batch import Batch
+from ipa_train.data.buckets import BucketSchedule
+from ipa_train.data.cache import FeatureLoader
 from ipa_train.data.decode import Decoder
 from ipa_train.data.index import Index, build_index
-from ipa_train.data.pipeline import LoadedBatch, StreamDataset, StreamSampler, count_micro_batches
-from ipa_train.data.plan import Plan
+from ipa_train.data.pictures import PictureLoader
+from ipa_train.data.pipeline import LoadedBatch, Places, StreamDataset, StreamSampler, count_micro_batches
+from ipa_train.data.plan import rank_share
+from ipa_train.data.reader import ShardReader
+from ipa_train.data.stream import Stream, choose_buckets, make_stream
 from ipa_train.data.tolerance import ErrorBudget
 from ipa_train.errors import ConfigError, DataError
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 _log = logging.getLogger(__name__)
 
 
@@ -26,14 +33,21 @@ class StreamingDataModule(lightning.LightningDataModule):
 
     Every sample comes exactly once per epoch, and a resumed run goes on at the very next one, also with other numbers
     of ranks, workers and another batch size. Sizes are in samples and pixels.
+
+    ``shards`` hold pictures, or the features of a cache (``ipa data encode``), made by ``encoders``. Several sources
+    may be given by name, and mixed by ``weights``; without weights all samples are seen equally often.
     """
 
     def __init__(
         self,
         *,
-        shards: str | Sequence[str],
+        shards: str | Sequence[str] | Mapping[str, Any],
         global_batch_size: int,
         resolution: int,
+        weights: Mapping[str, float] | None = None,
+        bucket_step: int | None = None,
+        max_aspect_ratio: float = 2.0,
+        min_bucket_rate: float = 0.005,
         image_prompt_size: int = 224,
         batch_size: int | None = None,
         crop: str = "center",
@@ -50,57 +64,122 @@ class StreamingDataModule(lightning.LightningDataModule):
         allow_index_change: bool = False,
         index_dir: str | None = None,
         bad_samples_dir: str | None = None,
+        encoders: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if num_workers < 0:
             raise ConfigError(f"data.num_workers must be at least 0, got {num_workers}.")
-        for name, value in (("global_batch_size", global_batch_size), ("prefetch_factor", prefetch_factor)):
+        positive = {
+            "global_batch_size": global_batch_size,
+            "prefetch_factor": prefetch_factor,
+            "num_lanes": num_lanes,
+            "window_size": window_size,
+        }
+        for name, value in positive.items():
             if value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {value}.")
-        self.decoder = Decoder(
-            resolution=resolution,
-            image_prompt_size=image_prompt_size,
-            crop=crop,
-            flip_rate=flip_rate,
-            max_pixels=max_pixels,
-            seed=seed,
-        )
-        self.shards, self.global_batch_size, self.batch_size = shards, global_batch_size, batch_size
+        if weights is not None and not isinstance(shards, Mapping):
+            raise ConfigError("data.weights needs sources with names: data.shards='{a: /data/a, b: /data/b}'.")
+        self.decoder = Decoder(max_pixels=max_pixels)
+        self.sources: dict[str, Any] = dict(shards) if isinstance(shards, Mapping) else {"": shards}
+        self.weights = None if weights is None else dict(weights)
+        self.resolution, self.bucket_step = resolution, bucket_step
+        self.max_aspect_ratio, self.min_bucket_rate = max_aspect_ratio, min_bucket_rate
+        self.image_prompt_size, self.crop, self.flip_rate = image_prompt_size, crop, flip_rate
+        self.global_batch_size, self.batch_size = global_batch_size, batch_size
         self.num_workers, self.prefetch_factor, self.seed = num_workers, prefetch_factor, seed
         self.num_lanes, self.window_size = num_lanes, window_size
         self.max_bad_rate, self.max_member_bytes = max_bad_rate, max_member_bytes
         self.allow_missing_stats, self.allow_index_change = allow_missing_stats, allow_index_change
         self.index_dir = None if index_dir is None else Path(index_dir)
         self.bad_samples_dir = None if bad_samples_dir is None else Path(bad_samples_dir)
-        self._index: Index | None = None
-        self._start_position, self._start_step = 0, 0
+        self.encoders = encoders
+        self._start_positions: np.ndarray | None = None
+        self._start_step = 0
         self.budget = ErrorBudget(max_bad_rate=max_bad_rate)
 
     def prepare_data(self) -> None:
         """Index the shards, once per node."""
-        _ = self.index
+        _ = self.stream
 
-    @property
-    def index(self) -> Index:
-        """The index of the shards, built or read at the first use."""
-        if self._index is None:
-            self._index = build_index(
-                self.shards,
+    @cached_property
+    def _indices(self) -> dict[str, Index]:
+        """The index of each source, built or read at the first use."""
+        indices = {
+            name: build_index(
+                spec,
                 index_dir=self.index_dir,
                 allow_missing_stats=self.allow_missing_stats,
                 max_member_bytes=self.max_member_bytes,
             )
-            incomplete = sum(shard.entry.num_incomplete for shard in self._index.shards)
-            total = int(self._index.counts.sum())
-            _log.info("data: %d samples in %d shards", total, len(self._index.shards))
-            if incomplete:
-                _log.warning("data: %d samples without an image or a caption are left out", incomplete)
-        return self._index
+            for name, spec in self.sources.items()
+        }
+        entries = [shard.entry for index in indices.values() for shard in index.shards]
+        _log.info("data: %d samples in %d shards", sum(entry.num_samples for entry in entries), len(entries))
+        if incomplete := sum(entry.num_incomplete for entry in entries):
+            _log.warning("data: %d samples without an image or a caption are left out", incomplete)
+        if excluded := sum(entry.num_excluded for entry in entries):
+            _log.info("data: %d samples are left out by exclude lists", excluded)
+        return indices
 
-    @property
-    def plan(self) -> Plan:
-        """The order of the samples."""
-        return Plan(self.index.counts, seed=self.seed, num_lanes=self.num_lanes, window_size=self.window_size)
+    @cached_property
+    def index(self) -> Index:
+        """The index of all sources together."""
+        return Index(tuple(shard for index in self._indices.values() for shard in index.shards))
+
+    @cached_property
+    def stream(self) -> Stream:
+        """The order of the samples, and what loads them.
+
+        Raises:
+            ConfigError: options that cannot be with these shards.
+            DataError: an unfinished cache, or sources without samples.
+        """
+        options: dict[str, Any] = {
+            "weights": self.weights,
+            "seed": self.seed,
+            "num_lanes": self.num_lanes,
+            "window_size": self.window_size,
+        }
+        if self.index.content == "features":
+            return self._feature_stream(options)
+        buckets, counts, is_exact = choose_buckets(
+            self.index,
+            resolution=self.resolution,
+            step=self.bucket_step,
+            max_aspect_ratio=self.max_aspect_ratio,
+            min_rate=self.min_bucket_rate,
+        )
+        loader = PictureLoader(
+            ShardReader(self.index, buckets),
+            buckets,
+            decoder=self.decoder,
+            # What is stored at its training size is cropped to the very square that the image encoder sees.
+            image_prompt_size=None if is_exact and self.crop == "center" else self.image_prompt_size,
+            crop=self.crop,
+            flip_rate=self.flip_rate,
+            seed=self.seed,
+        )
+        ends = np.cumsum([len(index.shards) for index in self._indices.values()])
+        groups = np.split(np.arange(ends[-1]), ends[:-1])
+        return make_stream(loader, buckets, counts, dict(zip(self._indices, groups, strict=True)), **options)
+
+    def _feature_stream(self, options: dict[str, Any]) -> Stream:
+        if self.crop != "center":
+            raise ConfigError(f"data.crop={self.crop!r}: cached features are of centre crops; set data.crop=center.")
+        loader = FeatureLoader(self.index, flip_rate=self.flip_rate, seed=self.seed)
+        for folder, description in loader.descriptions.items():
+            description.require(
+                folder,
+                encoders=description.encoders if self.encoders is None else self.encoders,
+                resolution=self.resolution,
+                bucket_step=self.bucket_step,
+                max_aspect_ratio=self.max_aspect_ratio,
+            )
+        names = {shard.path.parent: name for name, index in self._indices.items() for shard in index.shards}
+        of_group = np.array([names[folder] for folder in loader.group_folders])
+        sources = {name: np.flatnonzero(of_group == name) for name in self._indices}
+        return make_stream(loader, loader.buckets, loader.counts, sources, **options)
 
     def setup(self, stage: str) -> None:
         """Open this rank's log of bad samples."""
@@ -118,23 +197,25 @@ class StreamingDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader[LoadedBatch]:
         """The stream from the current position on, for this rank."""
         return self.loader(
-            self.position, rank=self.trainer.global_rank, world_size=self.trainer.world_size, workers=self.num_workers
+            self.positions, rank=self.trainer.global_rank, world_size=self.trainer.world_size, workers=self.num_workers
         )
 
-    def loader(self, start: int, *, rank: int = 0, world_size: int = 1, workers: int = 0) -> DataLoader[LoadedBatch]:
-        """Batches of one rank from position ``start`` on; needs no trainer."""
-        plan = self.plan
-        share = self.global_batch_size // world_size // self.accumulate_grad_batches(world_size)
+    def loader(
+        self, start: np.ndarray | None = None, *, rank: int = 0, world_size: int = 1, workers: int = 0
+    ) -> DataLoader[LoadedBatch]:
+        """Batches of one rank from ``start`` on (samples consumed of each bucket; none); needs no trainer."""
+        stream = self.stream
+        start = np.zeros(len(stream.buckets), np.int64) if start is None else start
         sampler = StreamSampler(
-            plan,
-            start=start,
+            stream.plans,
+            BucketSchedule(stream.shares, start),
             global_batch_size=self.global_batch_size,
-            batch_size=share,
+            batch_size=self.global_batch_size // world_size // self.accumulate_grad_batches(world_size),
             rank=rank,
             world_size=world_size,
         )
         return DataLoader(
-            StreamDataset(self.index, plan, self.decoder),
+            StreamDataset(stream.plans, stream.loader),
             sampler=sampler,
             batch_size=None,
             num_workers=workers,
@@ -143,9 +224,11 @@ class StreamingDataModule(lightning.LightningDataModule):
         )
 
     def first_batch(self, num_samples: int) -> Batch:
-        """The first samples of the stream, for checks and for pictures of what training sees."""
-        loader = self.loader(0)
-        return loader.dataset[loader.sampler.plan.rank_positions(0, num_samples, 0, 1)].batch  # type: ignore[attr-defined]
+        """The first samples of the first bucket, for checks and for pictures of what training sees."""
+        stream = self.stream
+        bucket, _, _ = BucketSchedule(stream.shares, np.zeros(len(stream.buckets), np.int64)).step(num_samples)
+        positions = rank_share(stream.plans[bucket], 0, num_samples, 0, 1)
+        return StreamDataset(stream.plans, stream.loader)[Places(bucket, positions, positions)].batch
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Take out the report of bad samples, and stop when there are too many."""
@@ -155,19 +238,32 @@ class StreamingDataModule(lightning.LightningDataModule):
         return batch.batch
 
     @property
-    def position(self) -> int:
-        """Samples consumed by optimizer steps so far; what workers have prefetched does not count."""
+    def positions(self) -> np.ndarray:
+        """Samples of each bucket consumed by optimizer steps so far; what workers have prefetched does not count."""
+        schedule = BucketSchedule(self.stream.shares, self._start)
         steps = self.trainer.global_step - self._start_step if self.trainer is not None else 0
-        return self._start_position + steps * self.global_batch_size
+        for _ in range(steps):
+            schedule.step(self.global_batch_size)
+        if steps:  # so that the next look need not begin so far back
+            self._start_positions, self._start_step = schedule.positions, self.trainer.global_step
+        return schedule.positions
 
     @property
-    def _order(self) -> dict[str, str | int]:
+    def _start(self) -> np.ndarray:
+        if self._start_positions is None:
+            self._start_positions = np.zeros(len(self.stream.buckets), np.int64)
+        return self._start_positions
+
+    @property
+    def _order(self) -> dict[str, Any]:
         """All that a position's sample depends on."""
         return {
             "index_id": self.index.index_id,
             "seed": self.seed,
             "num_lanes": self.num_lanes,
             "window_size": self.window_size,
+            "weights": self.weights,
+            "buckets": [list(bucket) for bucket in self.stream.buckets],
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -175,7 +271,7 @@ class StreamingDataModule(lightning.LightningDataModule):
         return {
             "version": STATE_VERSION,
             **self._order,
-            "position": self.position,
+            "positions": self.positions.tolist(),
             "step": self.trainer.global_step,
         }
 
@@ -183,7 +279,7 @@ class StreamingDataModule(lightning.LightningDataModule):
         """Go on at the saved place.
 
         Raises:
-            DataError: the shards, the seed or the lanes and windows are not those of the checkpoint.
+            DataError: the shards, the seed, the buckets, weights, lanes or windows are not those of the checkpoint.
         """
         if state_dict["version"] != STATE_VERSION:
             raise DataError(
@@ -195,16 +291,27 @@ class StreamingDataModule(lightning.LightningDataModule):
                 f"this run has seed {self.seed}, its checkpoint {state_dict['seed']}: "
                 "use the old seed, or another run.name."
             )
-        for name in ("num_lanes", "window_size"):
-            if state_dict[name] != getattr(self, name):
+        order = self._order
+        for name in ("num_lanes", "window_size", "weights"):
+            if state_dict[name] != order[name]:
                 raise DataError(
-                    f"data.{name}={getattr(self, name)}, but {state_dict[name]} in the checkpoint: samples would be "
+                    f"data.{name}={order[name]}, but {state_dict[name]} in the checkpoint: samples would be "
                     "repeated and left out; use the old value, or another run.name."
                 )
         if state_dict["index_id"] != self.index.index_id and not self.allow_index_change:
             raise DataError(
                 f"data.shards are not the ones of the checkpoint (index {self.index.index_id}, then "
                 f"{state_dict['index_id']}): give the same shards, or set data.allow_index_change=true to go on at "
-                f"sample {state_dict['position']} of the new ones."
+                f"sample {sum(state_dict['positions'])} of the new ones."
             )
-        self._start_position, self._start_step = state_dict["position"], state_dict["step"]
+        positions = np.array(state_dict["positions"])
+        # Of a single bucket the size may change: the order of its samples does not depend on it.
+        if state_dict["buckets"] != order["buckets"] and len(positions) * len(order["buckets"]) > 1:
+            if not self.allow_index_change:
+                raise DataError(
+                    f"the aspect buckets are not those of the checkpoint ({len(order['buckets'])}, then "
+                    f"{len(positions)}): use the old data.resolution, data.bucket_step, data.max_aspect_ratio and "
+                    "data.min_bucket_rate, or set data.allow_index_change=true."
+                )
+            positions = BucketSchedule.positions_at(self.stream.shares, int(positions.sum()))
+        self._start_positions, self._start_step = positions, state_dict["step"]

@@ -12,88 +12,110 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-import torch
 from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image, ImageOps
-from torch import Tensor
 
-from ipa_train.errors import ConfigError, DataError, did_you_mean
-from ipa_train.runtime.seeding import Draws
+from ipa_train.errors import ConfigError, DataError
 
-_CROPS = ("center", "random")
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _EXIF_SEARCH_BYTES = 65_536
+_EXIF_ORIENTATION = 0x0112
+_LYING_ORIENTATIONS = (5, 6, 7, 8)  # of EXIF: height and width are exchanged when the picture is put upright
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """One picture, ready to be stacked into a batch."""
+class Placement:
+    """Where the training pixels come from; (height, width) and (top, left) in pixels, as SDXL is told."""
 
-    pixels: UInt8[Tensor, "c h w"]
-    image_prompt: UInt8[Tensor, "c p q"]
     original_size: tuple[int, int]
-    """Height and width of the stored picture."""
     crop_top_left: tuple[int, int]
-    """Of the training crop, in pixels of the resized picture."""
+    """Of the training crop in the resized picture."""
 
 
 class Decoder:
     """Decodes strictly: a truncated or malformed picture is an error, never a grey area in the training data."""
 
-    def __init__(
-        self,
-        *,
-        resolution: int,
-        image_prompt_size: int = 224,
-        crop: str = "center",
-        flip_rate: float = 0.0,
-        max_pixels: int = 50_000_000,
-        seed: int = 0,
-    ) -> None:
-        if resolution < 8 or resolution % 8:
-            near = max(8, round(resolution / 8) * 8)
-            raise ConfigError(f"data.resolution={resolution} must be a multiple of 8 (latents are); try {near}.")
-        if crop not in _CROPS:
-            raise ConfigError(f"data.crop={crop!r} is not a crop.{did_you_mean(crop, _CROPS)}")
-        for name, value in (("image_prompt_size", image_prompt_size), ("max_pixels", max_pixels)):
-            if value < 1:
-                raise ConfigError(f"data.{name} must be at least 1, got {value}.")
-        if not 0.0 <= flip_rate <= 1.0:
-            raise ConfigError(f"data.flip_rate must be between 0 and 1, got {flip_rate}.")
-        self.resolution, self.image_prompt_size = resolution, image_prompt_size
-        self.crop, self.flip_rate, self.max_pixels, self.seed = crop, flip_rate, max_pixels, seed
+    def __init__(self, *, max_pixels: int = 50_000_000) -> None:
+        if max_pixels < 1:
+            raise ConfigError(f"data.max_pixels must be at least 1, got {max_pixels}.")
+        self.max_pixels = max_pixels
 
-    def __call__(self, data: bytes, position: int) -> Decoded:
-        """Decode one stored image; the random crop and flip are keyed by its position in the stream.
+    def __call__(
+        self,
+        data: bytes,
+        *,
+        pixels: UInt8[ndarray, "h w c"],
+        image_prompt: UInt8[ndarray, "p q c"] | None = None,
+        crop_at: tuple[float, float] | None = None,
+        flip: bool = False,
+    ) -> Placement:
+        """Decode one stored image into the arrays ``pixels`` and ``image_prompt``, resized to cover them and cropped.
+
+        ``crop_at`` places the training crop, from (0, 0), the top left, to (1, 1); None is the centre. ``flip`` mirrors
+        both outputs, so that the prompt stays a picture of the target.
 
         Raises:
             DataError: not an RGB-convertible JPEG, PNG or WebP, damaged, or of more than ``max_pixels``.
         """
-        draws = Draws(self.seed, torch.tensor([position]))
-        image = decode_image(data, max_pixels=self.max_pixels)
-        if self.flip_rate and draws.uniform("flip").item() < self.flip_rate:
-            image = ImageOps.mirror(image)  # both outputs, so that the prompt stays a picture of the target
-        size = self.resolution
-        height, width = resized_size(image, size)
-        if self.crop == "center":
-            # torchvision rounds half to even here, and CLIPImageProcessor below rounds down.
-            top, left = round((height - size) / 2), round((width - size) / 2)
+        picture = decode(data, max_pixels=self.max_pixels)
+        if flip:
+            picture = picture[:, ::-1]
+        stored, size = picture.shape[:2], pixels.shape[:2]
+        resized = covering_size(stored, size)
+        if crop_at is None:  # torchvision rounds half to even here, and CLIPImageProcessor below rounds down
+            corner = round((resized[0] - size[0]) / 2), round((resized[1] - size[1]) / 2)
         else:
-            down, right = draws.uniform("crop", (2,))[0].tolist()
-            top, left = int(down * (height - size + 1)), int(right * (width - size + 1))
-        prompt_size = self.image_prompt_size
-        prompt_height, prompt_width = resized_size(image, prompt_size)
-        prompt_corner = (prompt_height - prompt_size) // 2, (prompt_width - prompt_size) // 2
-        return Decoded(
-            pixels=resize_and_crop(image, size, (top, left), Image.Resampling.BILINEAR),
-            image_prompt=resize_and_crop(image, prompt_size, prompt_corner, Image.Resampling.BICUBIC),
-            original_size=(image.height, image.width),
-            crop_top_left=(top, left),
-        )
+            down, right = crop_at
+            corner = int(down * (resized[0] - size[0] + 1)), int(right * (resized[1] - size[1] + 1))
+        pillow = None if resized == stored and image_prompt is None else Image.fromarray(picture)
+        if pillow is None or resized == stored:
+            top, left = corner
+            pixels[:] = picture[top : top + size[0], left : left + size[1]]
+        else:
+            pixels[:] = _resize_and_crop(pillow, resized, corner, size, Image.Resampling.BILINEAR)
+        if pillow is not None and image_prompt is not None:
+            size = image_prompt.shape[:2]
+            resized = covering_size(stored, size)
+            middle = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
+            image_prompt[:] = _resize_and_crop(pillow, resized, middle, size, Image.Resampling.BICUBIC)
+        return Placement(stored, corner)
+
+
+def covering_size(stored: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """The smallest (height, width) of the stored shape that covers ``size``, rounded down as torchvision rounds.
+
+    For a square ``size`` it is the shorter side that becomes ``size``.
+    """
+    (height, width), (rows, columns) = stored, size
+    if width * rows <= height * columns:
+        return max(rows, int(columns * height / width)), columns
+    return rows, max(columns, int(rows * width / height))
+
+
+def stored_size(data: bytes) -> tuple[int, int]:
+    """Height and width of the upright picture that begins with ``data``; (0, 0) if they cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if data[:2] == b"\xff\xd8" and b"Exif\0\0" not in data[:_EXIF_SEARCH_BYTES]:
+                height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+                return height, width
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                exif = Image.Exif()
+                exif.load(image.info.get("exif", b""))  # getexif() would decode a whole PNG to look behind its pixels
+                lies = exif.get(_EXIF_ORIENTATION) in _LYING_ORIENTATIONS
+                return (image.width, image.height) if lies else (image.height, image.width)
+    except Exception:  # a header that cannot be read makes these raise nearly anything
+        return 0, 0
 
 
 def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
+    """As :func:`decode`, as an image of Pillow."""
+    return Image.fromarray(decode(data, max_pixels=max_pixels))
+
+
+def decode(data: bytes, *, max_pixels: int) -> UInt8[ndarray, "h w c"]:
     """Decode to an upright RGB picture; its size is checked before a pixel is decoded.
 
     A JPEG of 631 bytes may claim 30,000 x 30,000 pixels, which costs 12 s and 1.5 GB to find out.
@@ -113,52 +135,41 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
         ) from error
 
 
-def _decode_jpeg(data: bytes, max_pixels: int) -> Image.Image:
+def _decode_jpeg(data: bytes, max_pixels: int) -> ndarray:
     """Decode strictly, which Pillow does not: it fills damaged JPEG data with grey and says nothing."""
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     _check_size(height, width, max_pixels)
     if colours in ("CMYK", "YCCK"):
         simplejpeg.decode_jpeg(data, "CMYK", strict=True)  # only to be told of damage: Pillow knows the colours
         return _decode_other(data, max_pixels)
-    image = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", strict=True))
+    picture = simplejpeg.decode_jpeg(data, "RGB", strict=True)
     if b"Exif\0\0" not in data[:_EXIF_SEARCH_BYTES]:
-        return image
+        return picture
     with Image.open(io.BytesIO(data), formats=_FORMATS) as header:
+        image = Image.fromarray(picture)
         image.info["exif"] = header.info.get("exif", b"")
-    return ImageOps.exif_transpose(image)
+    return np.asarray(ImageOps.exif_transpose(image))
 
 
-def _decode_other(data: bytes, max_pixels: int) -> Image.Image:
+def _decode_other(data: bytes, max_pixels: int) -> ndarray:
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         _check_size(image.height, image.width, max_pixels)
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
 
 
-def resized_size(image: Image.Image, shortest: int) -> tuple[int, int]:
-    """Height and width after the shorter side became ``shortest``, rounded down as the reference tools do."""
-    if image.width <= image.height:
-        return int(shortest * image.height / image.width), shortest
-    return shortest, int(shortest * image.width / image.height)
-
-
-def resize_and_crop(
-    image: Image.Image, size: int, corner: tuple[int, int], filter_: Image.Resampling
-) -> UInt8[Tensor, "c h w"]:
-    """The square of ``size`` at ``corner`` (top, left) of the picture resized to a shorter side of ``size``."""
-    height, width = resized_size(image, size)
-    top, left = corner
-    if (height, width) == (image.height, image.width):  # stored at the training size
-        return _to_tensor(image.crop((left, top, left + size, top + size)))
-    rows, columns = image.height / height, image.width / width
-    box = (left * columns, top * rows, (left + size) * columns, (top + size) * rows)
+def _resize_and_crop(
+    image: Image.Image,
+    resized: tuple[int, int],
+    corner: tuple[int, int],
+    size: tuple[int, int],
+    filter_: Image.Resampling,
+) -> UInt8[ndarray, "h w c"]:
+    """The rectangle of ``size`` at ``corner`` of the picture resized to ``resized``."""
+    rows, columns = image.height / resized[0], image.width / resized[1]
+    box = (corner[1] * columns, corner[0] * rows, (corner[1] + size[1]) * columns, (corner[0] + size[0]) * rows)
     box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-    return _to_tensor(image.resize((size, size), filter_, box=box))
-
-
-def _to_tensor(image: Image.Image) -> UInt8[Tensor, "c h w"]:
-    channels_first: ndarray = np.asarray(image).transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(channels_first))
+    return np.asarray(image.resize((size[1], size[0]), filter_, box=box))
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:

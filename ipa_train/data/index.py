@@ -1,10 +1,12 @@
 """The index of a set of shards: where every sample lies, so that any of them can be read by number.
 
     ds/00000.tar  00000_stats.json     img2dataset's output, never modified
-    ds/00000.idx.npy                   one row per complete sample, by offset
+    ds/00000.idx.npy                   one row per complete sample, by offset (``scan.py``)
     ds/index.json                      per shard: size and time of the tar, samples, how many left out, sha256 of rows
+    ds/exclude-*.txt                   samples to leave out, one ``00000.tar/key`` per line; # begins a comment
 
-Built in parallel, written atomically, and reused while a tar's size and modification time stay the same.
+Built in parallel, written atomically, and reused while a tar's size and modification time, and what is excluded of it,
+stay the same.
 """
 
 import glob
@@ -17,32 +19,21 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy import ndarray
 from tqdm import tqdm
 from webdataset.shardlists import expand_urls
 
-from ipa_train.data import tar
+from ipa_train.data.scan import ROW, Content, scan
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.files import atomic_write
 
-VERSION = 1
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-TEXT_SUFFIX = "txt"
+VERSION = 2
 _MAX_MEMBER_BYTES = 2**30  # what 32 bits of a row can place
 _SAVE_EVERY = 256  # shards: what a killed run may have to do again
 _MAX_NAMED = 5
-ROW = np.dtype(
-    [
-        ("offset", "<u8"),  # of the sample's first byte in the tar
-        ("length", "<u4"),  # to the end of its last used member
-        ("image_start", "<u4"),  # relative to offset
-        ("image_length", "<u4"),
-        ("text_start", "<u4"),
-        ("text_length", "<u4"),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -54,6 +45,13 @@ class ShardEntry:
     num_samples: int
     num_incomplete: int
     """Samples without an image or without a caption; they are left out."""
+    num_excluded: int
+    excluded_sha256: str
+    """Hash of the keys that the exclude lists named, found or not."""
+    content: Content
+    min_short_side: int
+    """Of the pictures whose size can be read, in pixels; 0 if there are none."""
+    max_short_side: int
     rows_sha256: str
 
 
@@ -77,7 +75,8 @@ class Shard:
             DataError: the file is not what was written.
         """
         try:
-            rows = np.load(self.rows_path, mmap_mode="r", allow_pickle=False)
+            mode: Literal["r"] | None = "r" if self.entry.num_samples else None  # nothing cannot be mapped
+            rows = np.load(self.rows_path, mmap_mode=mode, allow_pickle=False)
             if rows.dtype == ROW and len(rows) == self.entry.num_samples:
                 return rows
         except (ValueError, EOFError):
@@ -96,11 +95,30 @@ class Index:
         """Samples of each shard, int64."""
         return np.array([shard.entry.num_samples for shard in self.shards], dtype=np.int64)
 
+    @property
+    def content(self) -> Content:
+        """What the shards hold.
+
+        Raises:
+            ConfigError: some hold pictures, and some features.
+        """
+        kinds = {shard.entry.content: shard.path for shard in self.shards}
+        if len(kinds) > 1:
+            raise ConfigError(
+                f"data.shards: {kinds['features']} holds cached features and {kinds['pictures']} pictures: "
+                "train on one kind, or encode the pictures too (ipa data encode)."
+            )
+        return next(iter(kinds))
+
     @cached_property
     def index_id(self) -> str:
         """Identity of the data: names, sizes and contents of the rows, in order."""
         facts = [(s.name, s.entry.num_samples, s.entry.rows_sha256) for s in self.shards]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+_Stale = tuple[Path, Path, frozenset[str]]
+"""A tar, where its rows go, and the keys that are left out."""
 
 
 def find_shards(spec: str | Sequence[str]) -> list[Path]:
@@ -156,17 +174,23 @@ def build_index(
     paths = find_shards(spec)
     folders = {path.parent: index_dir or path.parent for path in paths}
     known = {folder: _read_entries(folder) for folder in set(folders.values())}
+    excluded = {folder: _read_excluded(folder) for folder in known}
     shards: dict[Path, Shard] = {}
-    stale = []
+    stale: list[_Stale] = []
     for path in paths:
         folder = folders[path.parent]
         rows_path = folder / f"{_name(path, shared=index_dir is not None)}.idx.npy"
-        stat = path.stat()
+        stat, keys = path.stat(), excluded[folder].get(path.name, frozenset())
         entry = known[folder].get(rows_path.name)
-        if entry and (entry.tar_bytes, entry.tar_mtime_ns) == (stat.st_size, stat.st_mtime_ns) and rows_path.exists():
+        is_current = entry is not None and (entry.tar_bytes, entry.tar_mtime_ns, entry.excluded_sha256) == (
+            stat.st_size,
+            stat.st_mtime_ns,
+            _hash_keys(keys),
+        )
+        if entry and is_current and rows_path.exists():
             shards[path] = Shard(path, rows_path, entry)
         else:
-            stale.append((path, rows_path))
+            stale.append((path, rows_path, keys))
     if stale:
         for folder in known:
             _check_writable(folder)
@@ -192,9 +216,7 @@ def _and_more(number: int) -> str:
     return f" | and {number} more shards" if number > 0 else ""
 
 
-def _run(
-    task: partial[Shard | DataError], stale: list[tuple[Path, Path]], num_workers: int | None
-) -> Iterator[Shard | DataError]:
+def _run(task: partial[Shard | DataError], stale: list[_Stale], num_workers: int | None) -> Iterator[Shard | DataError]:
     workers = min(num_workers or os.cpu_count() or 1, len(stale))
     bar = partial(tqdm, total=len(stale), desc="index", unit="shard", disable=len(stale) < 8)
     if workers == 1 or len(stale) < 8:
@@ -204,18 +226,18 @@ def _run(
         yield from bar(pool.map(task, stale, chunksize=4))
 
 
-def _index_shard(paths: tuple[Path, Path], *, allow_missing_stats: bool, max_member_bytes: int) -> Shard | DataError:
+def _index_shard(stale: _Stale, *, allow_missing_stats: bool, max_member_bytes: int) -> Shard | DataError:
     """Index one shard; a refusal is handed back, so that one bad shard does not end the work on the others."""
     try:
-        return _index_sound_shard(paths, allow_missing_stats, max_member_bytes)
+        return _index_sound_shard(stale, allow_missing_stats, max_member_bytes)
     except DataError as error:
         return error
     except OSError as error:
-        return DataError(f"{paths[0]}: cannot be indexed: {error}")
+        return DataError(f"{stale[0]}: cannot be indexed: {error}")
 
 
-def _index_sound_shard(paths: tuple[Path, Path], allow_missing_stats: bool, max_member_bytes: int) -> Shard:
-    path, rows_path = paths
+def _index_sound_shard(stale: _Stale, allow_missing_stats: bool, max_member_bytes: int) -> Shard:
+    path, rows_path, excluded = stale
     stats = path.with_name(f"{path.stem}_stats.json")
     if not allow_missing_stats and not stats.exists():
         raise DataError(
@@ -223,35 +245,45 @@ def _index_sound_shard(paths: tuple[Path, Path], allow_missing_stats: bool, max_
             "again, or set data.allow_missing_stats=true for shards of another writer."
         )
     stat = path.stat()
-    rows, num_incomplete = _scan(path, max_member_bytes)
-    if not len(rows):
-        raise DataError(f"{path}: no sample with both an image ({'/'.join(IMAGE_SUFFIXES)}) and a .txt caption.")
+    found = scan(path, max_member_bytes=max_member_bytes, excluded=excluded)
     with atomic_write(rows_path) as temporary, temporary.open("wb") as file:
-        np.save(file, rows)
-    digest = hashlib.sha256(rows.tobytes()).hexdigest()
-    return Shard(path, rows_path, ShardEntry(stat.st_size, stat.st_mtime_ns, len(rows), num_incomplete, digest))
+        np.save(file, found.rows)
+    short_sides = np.minimum(found.rows["width"], found.rows["height"]).astype(np.int64)
+    known = short_sides[short_sides > 0]
+    entry = ShardEntry(
+        tar_bytes=stat.st_size,
+        tar_mtime_ns=stat.st_mtime_ns,
+        num_samples=len(found.rows),
+        num_incomplete=found.num_incomplete,
+        num_excluded=found.num_excluded,
+        excluded_sha256=_hash_keys(excluded),
+        content=found.content,
+        min_short_side=int(known.min()) if len(known) else 0,
+        max_short_side=int(known.max()) if len(known) else 0,
+        rows_sha256=hashlib.sha256(found.rows.tobytes()).hexdigest(),
+    )
+    return Shard(path, rows_path, entry)
 
 
-def _scan(path: Path, max_member_bytes: int) -> tuple[ndarray, int]:
-    """The rows of all complete samples, and the number of incomplete ones."""
-    samples: dict[str, dict[str, tar.Member]] = {}
-    last = ""
-    for member in tar.walk(path, max_member_bytes=max_member_bytes):
-        key, _, suffix = member.name.partition(".")
-        kind = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
-        if key in samples and (key != last or kind in samples[key]):
-            raise DataError(f"{path}: the key {key!r} appears twice; keys must be unique in a shard.")
-        samples.setdefault(key, {})[kind] = member
-        last = key
-    rows = []
-    for members in samples.values():
-        if "image" in members and TEXT_SUFFIX in members:
-            image, text = members["image"], members[TEXT_SUFFIX]
-            offset = min(image.start, text.start)
-            end = max(image.data_offset + image.size, text.data_offset + text.size)
-            start_of_image, start_of_text = image.data_offset - offset, text.data_offset - offset
-            rows.append((offset, end - offset, start_of_image, image.size, start_of_text, text.size))
-    return np.array(rows, dtype=ROW), len(samples) - len(rows)
+def _read_excluded(folder: Path) -> dict[str, frozenset[str]]:
+    """Shard name -> keys to leave out, from all exclude lists of a folder.
+
+    Raises:
+        DataError: a line is not ``00000.tar/key``.
+    """
+    keys: dict[str, set[str]] = {}
+    for path in sorted(folder.glob("exclude-*.txt")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            shard, slash, key = line.partition("#")[0].strip().partition("/")
+            if slash and shard and key:
+                keys.setdefault(shard, set()).add(key)
+            elif shard:
+                raise DataError(f"{path}: line {number} is {line!r}; write one 00000.tar/key per line.")
+    return {shard: frozenset(found) for shard, found in keys.items()}
+
+
+def _hash_keys(keys: frozenset[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16] if keys else ""
 
 
 def _name(path: Path, *, shared: bool) -> str:

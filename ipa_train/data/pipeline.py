@@ -1,25 +1,58 @@
-"""From positions to batches: read by index, decode, replace what is bad, stack. Runs in the loader's workers."""
+"""From positions to batches: read by index, fill a batch, replace what is bad. Runs in the loader's workers."""
 
-import os
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
 import torch
+from jaxtyping import Int64
+from numpy import ndarray
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ipa_train.data.batch import Batch
-from ipa_train.data.decode import Decoded, Decoder
-from ipa_train.data.index import Index
-from ipa_train.data.plan import Plan
-from ipa_train.data.tar import BLOCK
+from ipa_train.data.buckets import BucketSchedule
+from ipa_train.data.plan import Mixture, Plan, rank_share
+from ipa_train.data.reader import ShardReader
 from ipa_train.data.tolerance import MAX_ATTEMPTS, BadSample
 from ipa_train.errors import ConfigError, DataError
 
 ENDLESS = 2**40
 """Length that the loader claims: without a length Lightning resumes one batch too far."""
-_MAX_OPEN_SHARDS = 128
+
+
+class Places(NamedTuple):
+    """One rank's micro-batch, as the sampler names it."""
+
+    bucket: int
+    positions: Int64[ndarray, "b"]
+    """In the stream: the key of every draw."""
+    bucket_positions: Int64[ndarray, "b"]
+    """In the bucket's own plan."""
+
+
+@runtime_checkable
+class UnfinishedBatch(Protocol):
+    """A batch with a place for each sample."""
+
+    def load(self, i: int, shard: int, row: int) -> tuple[str, str]:
+        """Fill place ``i``; return (caption, key). Raises DataError if the sample is bad; the place may be refilled."""
+
+    def finish(self, captions: list[str], keys: list[str]) -> Batch:
+        """The batch, when every place is filled."""
+
+
+@runtime_checkable
+class BatchLoader(Protocol):
+    """What a sample's content becomes."""
+
+    reader: ShardReader
+
+    def begin(self, bucket: int, positions: Tensor) -> UnfinishedBatch:
+        """Make room for the samples of these positions."""
+
+    def shard(self, group: int, bucket: int) -> int:
+        """The shard that holds the samples of a bucket which a plan counts under ``group``."""
 
 
 @dataclass(frozen=True)
@@ -49,133 +82,77 @@ class LoadedBatch:
         return self if isinstance(self.result, DataError) else replace(self, result=self.result.pin_memory())
 
 
-class ShardReader:
-    """Reads single samples of indexed shards; keeps the last used shards open."""
-
-    def __init__(self, index: Index) -> None:
-        self.index = index
-        self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
-
-    def read(self, shard: int, row: int) -> tuple[bytes, str, str]:
-        """Return (image bytes, caption, key).
-
-        Raises:
-            DataError: the shard cannot be read or is shorter than its index says, or the caption is no UTF-8.
-        """
-        descriptor, rows = self._shard(shard)
-        where = rows[row]
-        try:
-            data = os.pread(descriptor, int(where["length"]), int(where["offset"]))
-        except OSError as error:
-            raise DataError(f"cannot read: {error.strerror}") from error
-        if len(data) < where["length"]:
-            raise DataError(f"truncated since it was indexed: {len(data)} of {where['length']} bytes")
-        image = data[where["image_start"] :][: where["image_length"]]
-        text = data[where["text_start"] :][: where["text_length"]]
-        try:
-            return image, text.decode("utf-8").strip(), self._key(data[where["image_start"] - BLOCK :])
-        except UnicodeDecodeError as error:
-            raise DataError("the caption is not UTF-8") from error
-
-    def key(self, shard: int, row: int) -> str:
-        """Name of a sample in its shard, as far as it can still be read."""
-        try:
-            descriptor, rows = self._shard(shard)
-            where = rows[row]
-            return self._key(os.pread(descriptor, BLOCK, int(where["offset"]) + int(where["image_start"]) - BLOCK))
-        except (OSError, DataError):
-            return f"row {row}"
-
-    def _shard(self, shard: int) -> tuple[int, np.ndarray]:
-        if shard not in self._open:
-            source = self.index.shards[shard]
-            try:
-                rows = source.rows()
-                self._open[shard] = os.open(source.path, os.O_RDONLY), rows
-            except OSError as error:
-                raise DataError(f"cannot open: {error.strerror}") from error
-            if len(self._open) > _MAX_OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1][0])
-        self._open.move_to_end(shard)
-        return self._open[shard]
-
-    @staticmethod
-    def _key(header: bytes) -> str:
-        return header[:100].split(b"\0", 1)[0].decode(errors="replace").partition(".")[0]
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"index": self.index, "_open": OrderedDict()}  # descriptors do not cross to another process
-
-    def __del__(self) -> None:
-        for descriptor, _ in self._open.values():
-            os.close(descriptor)
-
-
 class StreamDataset(Dataset[LoadedBatch]):
-    """The stream as a map from a list of positions to a batch."""
+    """The stream as a map from places to a batch; one plan for each bucket."""
 
-    def __init__(self, index: Index, plan: Plan, decoder: Decoder) -> None:
-        self.plan, self.decoder = plan, decoder
-        self.reader = ShardReader(index)
+    def __init__(self, plans: Sequence[Plan | Mixture], loader: BatchLoader) -> None:
+        self.plans, self.loader = list(plans), loader
 
-    def __getitem__(self, positions: np.ndarray) -> LoadedBatch:
+    def __getitem__(self, places: Places) -> LoadedBatch:
         bad: list[BadSample] = []
         result: Batch | DataError
         try:
-            result = self._batch(positions, bad)
+            result = self._batch(places, bad)
         except DataError as error:
             result = error
-        return LoadedBatch(result, bad, len(positions))
+        return LoadedBatch(result, bad, len(places.positions))
 
-    def _batch(self, positions: np.ndarray, bad: list[BadSample]) -> Batch:
-        _, shards, rows = self.plan.locate(positions)
-        samples = [
-            self._sample(int(position), int(shard), int(row), bad)
-            for position, shard, row in zip(positions, shards, rows, strict=True)
-        ]
-        decoded, captions, keys = zip(*samples, strict=True)
-        return Batch(
-            pixels=torch.stack([d.pixels for d in decoded]),
-            image_prompts=torch.stack([d.image_prompt for d in decoded]),
-            captions=list(captions),
-            positions=torch.from_numpy(np.asarray(positions, np.int64)),
-            original_sizes=torch.tensor([d.original_size for d in decoded]),
-            crop_top_lefts=torch.tensor([d.crop_top_left for d in decoded]),
-            keys=list(keys),
-        )
+    def _batch(self, places: Places, bad: list[BadSample]) -> Batch:
+        batch = self.loader.begin(places.bucket, torch.from_numpy(places.positions))
+        _, groups, numbers = self.plans[places.bucket].locate(places.bucket_positions)
+        captions, keys = [], []
+        for i, (group, number) in enumerate(zip(groups.tolist(), numbers.tolist(), strict=True)):
+            caption, key = self._load(batch, i, places, group, number, bad)
+            captions.append(caption)
+            keys.append(key)
+        return batch.finish(captions, keys)
 
-    def _sample(self, position: int, shard: int, row: int, bad: list[BadSample]) -> tuple[Decoded, str, str]:
-        """Read and decode the sample of a position, or a substitute for it."""
+    def _load(
+        self, batch: UnfinishedBatch, i: int, places: Places, group: int, number: int, bad: list[BadSample]
+    ) -> tuple[str, str]:
+        """Fill a place with its sample, or with a substitute for it."""
+        reader = self.loader.reader
         for attempt in range(MAX_ATTEMPTS):
             if attempt:
-                shard, row = self.plan.locate_again(position, attempt)
-            source = self.reader.index.shards[shard]
+                group, number = self.plans[places.bucket].locate_again(int(places.bucket_positions[i]), attempt)
+            shard = self.loader.shard(group, places.bucket)
+            row = number
             try:
-                image, caption, key = self.reader.read(shard, row)
-                return self.decoder(image, position), caption, f"{source.name}/{key}"
+                row = reader.row(shard, places.bucket, number)
+                caption, key = batch.load(i, shard, row)
+                return caption, f"{reader.index.shards[shard].name}/{key}"
             except DataError as error:
-                key = self.reader.key(shard, row)
+                source, position = reader.index.shards[shard], int(places.positions[i])
+                key = reader.key(shard, row)
                 bad.append(BadSample(position, str(source.path), source.entry.num_samples, row, key, str(error)))
         worst = "; ".join(f"{b.shard}/{b.key}: {b.error}" for b in bad[-MAX_ATTEMPTS:])
         raise DataError(f"{MAX_ATTEMPTS} samples in a row are bad, the shards are damaged: {worst}")
 
 
-class StreamSampler(Sampler[np.ndarray]):
-    """Positions of one rank's micro-batches from ``start`` on, for ever."""
+class StreamSampler(Sampler[Places]):
+    """Places of one rank's micro-batches from the schedule's state on, for ever."""
 
     def __init__(
-        self, plan: Plan, *, start: int, global_batch_size: int, batch_size: int, rank: int, world_size: int
+        self,
+        plans: Sequence[Plan | Mixture],
+        schedule: BucketSchedule,
+        *,
+        global_batch_size: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
     ) -> None:
-        self.plan, self.start = plan, start
+        self.plans, self.schedule = list(plans), schedule
         self.global_batch_size, self.batch_size = global_batch_size, batch_size
         self.rank, self.world_size = rank, world_size
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        start = self.start
+    def __iter__(self) -> Iterator[Places]:
+        schedule = BucketSchedule(self.schedule.shares, self.schedule.positions)
         while True:
-            positions = self.plan.rank_positions(start, self.global_batch_size, self.rank, self.world_size)
-            yield from positions.reshape(-1, self.batch_size)
-            start += self.global_batch_size
+            bucket, start, position = schedule.step(self.global_batch_size)
+            share = rank_share(self.plans[bucket], start, self.global_batch_size, self.rank, self.world_size)
+            for offsets in share.reshape(-1, self.batch_size):
+                yield Places(bucket, position + offsets, start + offsets)
 
     def __len__(self) -> int:
         return ENDLESS

@@ -9,14 +9,14 @@ workers only decide who loads a position, never which one comes next:
 Every epoch shuffles the shards, and every window within it, by Philox counters keyed with (seed, epoch, lane, window).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
 import numpy as np
 from jaxtyping import Int64
 from numpy import ndarray
 
-from ipa_train.errors import ConfigError, DataError
+from ipa_train.errors import ConfigError
 
 
 def keyed_generator(*key: int) -> np.random.Generator:
@@ -41,8 +41,6 @@ class Plan:
             raise ConfigError(f"data.seed must be at least 0, got {seed}.")
         self.counts = np.asarray(counts, np.int64)
         self.num_samples = int(self.counts.sum())
-        if self.num_samples == 0:
-            raise DataError("The shards hold no complete sample.")
         self.seed, self.num_lanes, self.window_size = seed, num_lanes, window_size
         longest, extra = divmod(self.num_samples, num_lanes)
         lengths = longest + (np.arange(num_lanes) < extra)
@@ -78,17 +76,9 @@ class Plan:
         shard = int(np.searchsorted(ends, sample, side="right"))
         return shard, sample - int(ends[shard] - self.counts[shard])
 
-    def rank_positions(self, start: int, global_batch_size: int, rank: int, world_size: int) -> Int64[ndarray, "b"]:
-        """This rank's share of the global batch that begins at ``start``; lane by lane, so a rank reads few shards."""
-        if global_batch_size % world_size:
-            raise ConfigError(
-                f"data.global_batch_size={global_batch_size} cannot be shared equally by {world_size} processes "
-                f"(trainer.devices x trainer.num_nodes): choose a multiple of {world_size}."
-            )
-        positions = np.arange(start, start + global_batch_size, dtype=np.int64)
-        positions = positions[np.lexsort((positions // self.num_lanes, positions % self.num_lanes))]
-        share = global_batch_size // world_size
-        return positions[rank * share : (rank + 1) * share]
+    def lanes(self, positions: Int64[ndarray, "b"]) -> Int64[ndarray, "b"]:
+        """The lane of each position: samples of one lane come from the same few shards."""
+        return np.asarray(positions, np.int64) % self.num_lanes
 
     def _draw_shard_order(self, epoch: int) -> tuple[ndarray, ndarray]:
         order = keyed_generator(self.seed, 2, epoch).permutation(len(self.counts))
@@ -97,3 +87,89 @@ class Plan:
     def _draw_window(self, epoch: int, lane: int, window: int) -> ndarray:
         length = int(self._lane_starts[lane + 1] - self._lane_starts[lane]) - window * self.window_size
         return keyed_generator(self.seed, 3, epoch, lane, window).permutation(min(self.window_size, length))
+
+
+class Mixture:
+    """Several plans in fixed proportions, each going through its own samples in its own epochs.
+
+    A cycle of ``CYCLE`` positions holds each source as often as its weight says, spread evenly, so where a position of
+    the mixture lies in its source is a pure function too, and needs no state of its own.
+    """
+
+    CYCLE = 10_000
+
+    def __init__(self, plans: Sequence[Plan], weights: Sequence[float]) -> None:
+        if len(plans) != len(weights):
+            raise ValueError(f"{len(plans)} plans, but {len(weights)} weights")
+        self.plans = list(plans)
+        shares = np.asarray(weights, np.float64) / np.sum(weights)
+        self._counts = _round_to_sum(shares * self.CYCLE, self.CYCLE)
+        # Sources take their turns as evenly as points on a line: the k-th of n at (k + 1/2) / n of the cycle.
+        turns = np.concatenate([(np.arange(count) + 0.5) / count for count in self._counts if count])
+        sources = np.repeat(np.arange(len(plans)), self._counts)
+        self._source = sources[np.argsort(turns, kind="stable")]
+        self._rank = np.empty(self.CYCLE, np.int64)
+        for number, count in enumerate(self._counts):
+            self._rank[self._source == number] = np.arange(count)
+
+    @property
+    def counts(self) -> Int64[ndarray, "sources"]:
+        """How often each source comes in a cycle."""
+        return self._counts
+
+    def split(self, positions: Int64[ndarray, "b"]) -> tuple[Int64[ndarray, "b"], Int64[ndarray, "b"]]:
+        """Return (source, position in that source) of each position."""
+        cycles, places = np.divmod(np.asarray(positions, np.int64), self.CYCLE)
+        sources = self._source[places]
+        return sources, cycles * self._counts[sources] + self._rank[places]
+
+    def consumed(self, position: int) -> Int64[ndarray, "sources"]:
+        """How many of the first ``position`` samples come from each source."""
+        cycles, rest = divmod(position, self.CYCLE)
+        return cycles * self._counts + np.bincount(self._source[:rest], minlength=len(self._counts))
+
+    def locate(self, positions: Int64[ndarray, "b"]) -> tuple[ndarray, ndarray, ndarray]:
+        """Return (epoch of its source, shard, row in the shard's index) of each position."""
+        sources, inner = self.split(positions)
+        located = np.empty((3, len(sources)), np.int64)
+        for number in np.unique(sources):
+            here = sources == number
+            located[:, here] = self.plans[number].locate(inner[here])
+        epochs, shards, rows = located
+        return epochs, shards, rows
+
+    def locate_again(self, position: int, attempt: int) -> tuple[int, int]:
+        """Return (shard, row) of the substitute for a bad sample, from the same source."""
+        sources, inner = self.split(np.array([position]))
+        return self.plans[sources[0]].locate_again(int(inner[0]), attempt)
+
+    def lanes(self, positions: Int64[ndarray, "b"]) -> Int64[ndarray, "b"]:
+        """The lane of each position, of its source."""
+        sources, inner = self.split(positions)
+        lanes = np.array([plan.num_lanes for plan in self.plans])
+        return (np.cumsum(lanes) - lanes)[sources] + inner % lanes[sources]
+
+
+def _round_to_sum(values: ndarray, total: int) -> Int64[ndarray, "n"]:
+    """Round to integers that add up to ``total``; the largest fractions are rounded up, and nothing to nothing."""
+    rounded = np.maximum(np.floor(values).astype(np.int64), values > 0)
+    lacking = total - int(rounded.sum())
+    rounded[np.argsort(rounded - values, kind="stable")[: max(0, lacking)]] += 1
+    rounded[np.argmax(rounded)] += min(0, lacking)
+    return rounded
+
+
+def rank_share(plan: Plan | Mixture, start: int, global_batch_size: int, rank: int, world_size: int) -> ndarray:
+    """Offsets from ``start`` of a rank's share of a global batch; lane by lane, so that a rank reads few shards.
+
+    Raises:
+        ConfigError: the ranks cannot share equally.
+    """
+    if global_batch_size % world_size:
+        raise ConfigError(
+            f"data.global_batch_size={global_batch_size} cannot be shared equally by {world_size} processes "
+            f"(trainer.devices x trainer.num_nodes): choose a multiple of {world_size}."
+        )
+    order = np.argsort(plan.lanes(np.arange(start, start + global_batch_size)), kind="stable")
+    share = global_batch_size // world_size
+    return order[rank * share : (rank + 1) * share]

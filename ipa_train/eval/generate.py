@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
@@ -26,40 +26,45 @@ from ipa_train.export.warm_start import check_image_encoder, check_sites
 def generate(
     base: StableDiffusion,
     adapter: IPAdapter,
-    image_encoder: CLIPImageEncoder,
-    image_prompts: UInt8[Tensor, "b c p q"],
+    image_features: Float[Tensor, "b *s f"],
+    null_features: Float[Tensor, "1 *s f"],
     prompts: Sequence[str],
     *,
-    size: int,
+    size: tuple[int, int],
     seed: int = 0,
     num_inference_steps: int = 30,
     guidance_scale: float = 7.5,
 ) -> list[Image.Image]:
-    """One picture of ``size`` pixels square for each image prompt, with the adapter as it is attached to the base now.
+    """One picture of ``size`` (height, width) for each image prompt, with the adapter as it is attached to the base.
 
     Runs diffusers' own pipeline on the very weights that are being trained: what the exported file will give there.
     Image i is drawn from the seed ``seed + i``.
     """
-    kind = adapter.projector.feature_kind
-    tokens = adapter(image_encoder.encode(image_prompts, kind))
-    null_tokens = adapter(image_encoder.null_features(kind)).expand_as(tokens)
+    tokens = adapter(image_features)
+    null_tokens = adapter(null_features).expand_as(tokens)
     pipeline = base.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     # The pipeline runs the unconditional half of a batch first.
     both = torch.cat([null_tokens, tokens]) if guidance_scale > 1.0 else tokens
     latents = pipeline(
         prompt=list(prompts),
-        height=size,
-        width=size,
+        height=size[0],
+        width=size[1],
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         generator=seeds(seed, len(prompts)),
         cross_attention_kwargs={"ip_hidden_states": both.to(base.dtype)},
         output_type="latent",
     ).images
-    # Decoded here because the pipeline cannot: base.vae_dtype may differ from the precision of the latents.
+    return decode_latents(base, latents)
+
+
+@torch.no_grad()
+def decode_latents(base: StableDiffusion, latents: Float[Tensor, "b c h w"]) -> list[Image.Image]:
+    """Pictures of scaled latents; diffusers' pipeline cannot, where base.vae_dtype differs from that of the UNet."""
     decoded = base.vae.decode(latents.to(base.vae.dtype) / base.vae.config.scaling_factor).sample
-    return pipeline.image_processor.postprocess(decoded.float(), output_type="pil")
+    levels = (decoded.float() / 2 + 0.5).clamp(0, 1).mul(255).round()
+    return to_pil(levels.to(torch.uint8))
 
 
 def seeds(seed: int, count: int) -> list[torch.Generator]:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ipa_train.adapter.adapter import IPAdapter
 from ipa_train.adapter.projector import Projector
-from ipa_train.bases.base import Base, MicroConditioning
+from ipa_train.bases.base import Base, LatentPosterior, MicroConditioning
 from ipa_train.conditioning.dropout import ConditionDropout, Dropped
 from ipa_train.conditioning.image_encoder import CLIPImageEncoder
-from ipa_train.data.batch import Batch
+from ipa_train.data.batch import Batch, Pictures
 from ipa_train.diffusion.objective import Objective
 from ipa_train.diffusion.timesteps import UniformTimesteps
 from ipa_train.export.file import write_export
@@ -67,10 +67,9 @@ class AdapterTraining(lightning.LightningModule):
         draws = Draws(self.seed, batch.positions)
         dropped = self.dropout.draw(draws)
         text = self.base.encode_text(dropped.captions(batch.captions))
-        image_features = self.image_encoder.encode(batch.image_prompts, self.adapter.projector.feature_kind)
+        posterior, image_features = self.encode(batch)
         image_tokens = self.adapter(dropped.image_features(image_features, self.null_features))
 
-        posterior = self.base.encode_images(batch.pixels)
         latents = posterior.sample(draws.normal("posterior", posterior.mean.shape[1:]))
         noise = self.objective.draw_noise(draws, latents.shape[1:])
         timesteps = self.timesteps.draw(draws, self.objective.num_timesteps)
@@ -81,6 +80,26 @@ class AdapterTraining(lightning.LightningModule):
         losses = self.objective.losses(prediction, self.objective.target(latents, noise, timesteps), timesteps)
         self.record(losses.detach(), timesteps, dropped)
         return losses.mean()
+
+    def encode(self, batch: Batch) -> tuple[LatentPosterior, Tensor]:
+        """Latents and image features of a batch: from its pictures, or as they were cached."""
+        content = batch.content
+        if isinstance(content, Pictures):
+            kind = self.adapter.projector.feature_kind
+            return self.base.encode_images(content.pixels), self.image_encoder.encode(content.image_prompts, kind)
+        mean = content.latents_mean.float()
+        std = torch.zeros_like(mean) if content.latents_std is None else content.latents_std.float()
+        return LatentPosterior(mean, std), content.image_features.to(self.null_features.dtype)
+
+    def encoders_identity(self) -> dict[str, Any]:
+        """What cached features depend on, so that those of other encoders are refused."""
+        encoder = self.image_encoder.identity()
+        return {
+            **self.base.latents_identity(),
+            "image_encoder_sha256": encoder["weights_sha256"],
+            "image_preprocessing": encoder["preprocessing"],
+            "feature_kind": self.adapter.projector.feature_kind,
+        }
 
     def record(self, losses: Tensor, timesteps: Tensor, dropped: Dropped) -> None:
         """Add a micro-batch to the running means: loss, loss by timestep quarter, realised drop rates."""

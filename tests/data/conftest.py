@@ -32,12 +32,14 @@ def write_shard(folder, number, samples):
     return path
 
 
-def write_shards(folder, counts=(7, 5, 9)):
+def write_shards(folder, counts=(7, 5, 9), sizes=((40, 48),)):
+    """Shards of as many samples as ``counts`` say; their (height, width) go round ``sizes``."""
     for number, count in enumerate(counts):
-        samples = {
-            f"{number:05d}{i:04d}": {"jpg": encode(picture(100 * number + i)), "txt": f"picture {i}", "json": b"{}"}
-            for i in range(count)
-        }
+        samples = {}
+        for i in range(count):
+            height, width = sizes[i % len(sizes)]
+            jpg = encode(picture(100 * number + i, width=width, height=height), quality=95)
+            samples[f"{number:05d}{i:04d}"] = {"jpg": jpg, "txt": f"picture {i}", "json": b"{}"}
         write_shard(folder, number, samples)
     return folder
 

@@ -6,12 +6,11 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from ipa_train.data.decode import Decoder, decode_image
-from ipa_train.errors import ConfigError, DataError
+from ipa_train.data.decode import Decoder, decode_image, stored_size
+from ipa_train.errors import DataError
 from tests.data.conftest import encode
 
 SIZES = [(640, 480), (480, 640), (513, 700), (300, 211), (1001, 333), (224, 224)]
@@ -27,6 +26,15 @@ def png(image):
     return encode(image, "PNG")
 
 
+def decode_at(data, *, resolution=64, image_prompt_size=32, **options):
+    """(pixels, image prompt, placement) of one picture."""
+    size = resolution if isinstance(resolution, tuple) else (resolution, resolution)
+    pixels = np.empty((*size, 3), np.uint8)
+    prompt = np.empty((image_prompt_size, image_prompt_size, 3), np.uint8)
+    placement = Decoder()(data, pixels=pixels, image_prompt=prompt, **options)
+    return pixels, prompt, placement
+
+
 def levels(a, b):
     return np.abs(np.asarray(a, np.int64) - np.asarray(b, np.int64))
 
@@ -34,40 +42,75 @@ def levels(a, b):
 @pytest.mark.parametrize("size", SIZES)
 def test_pixels_are_resize_and_centre_crop(size):
     image = photo(*size)
-    decoded = Decoder(resolution=256, image_prompt_size=32)(png(image), 0)
+    pixels, _, placement = decode_at(png(image), resolution=256)
     short = min(size)
     width, height = (int(256 * side / short) for side in size)
     left, top = round((width - 256) / 2), round((height - 256) / 2)
     whole = image.resize((width, height), Image.Resampling.BILINEAR)
-    expected = np.asarray(whole.crop((left, top, left + 256, top + 256))).transpose(2, 0, 1)
-    difference = levels(decoded.pixels, expected)
+    expected = np.asarray(whole.crop((left, top, left + 256, top + 256)))
+    difference = levels(pixels, expected)
     assert difference.mean() < 0.1
     assert difference.max() <= 2
-    assert decoded.original_size == (size[1], size[0])
-    assert decoded.crop_top_left == (top, left)
+    assert placement.original_size == (size[1], size[0])
+    assert placement.crop_top_left == (top, left)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_image_prompt_is_clip_image_processor(size):
     image = photo(*size)
-    decoded = Decoder(resolution=64, image_prompt_size=224)(png(image), 0)
+    _, prompt, _ = decode_at(png(image), image_prompt_size=224)
     processor = CLIPImageProcessorPil(do_normalize=False, do_rescale=False)
     expected = processor(image, return_tensors="np").pixel_values[0]
-    difference = levels(decoded.image_prompt, expected)
+    difference = levels(prompt.transpose(2, 0, 1), expected)
     assert difference.mean() < 0.1
     assert difference.max() <= 4
 
 
-def test_random_crop_and_flip_are_keyed_by_position():
+@pytest.mark.parametrize("bucket", [(192, 320), (320, 192), (256, 256), (64, 128)])
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (320, 192), (192, 320), (1001, 333)])
+def test_a_bucket_is_covered_and_cropped(bucket, size):
+    """Nothing is stretched: the crop is a part of the picture at one scale, and as much of it as fits."""
+    image = photo(*size)
+    pixels, _, placement = decode_at(png(image), resolution=bucket)
+    if size[0] / size[1] < bucket[1] / bucket[0]:
+        height, width = int(size[1] * bucket[1] / size[0]), bucket[1]
+    else:
+        height, width = bucket[0], int(size[0] * bucket[0] / size[1])
+    whole = image.resize((width, height), Image.Resampling.BILINEAR)
+    top, left = round((height - bucket[0]) / 2), round((width - bucket[1]) / 2)
+    expected = np.asarray(whole.crop((left, top, left + bucket[1], top + bucket[0])))
+    assert levels(pixels, expected).mean() < 0.1
+    assert levels(pixels, expected).max() <= 2
+    assert placement.crop_top_left == (top, left)
+    assert 0 in placement.crop_top_left
+
+
+def test_what_is_stored_at_its_size_is_not_touched():
+    image = photo(128, 64)
+    pixels, _, placement = decode_at(png(image), resolution=(64, 128))
+    assert (pixels == np.asarray(image)).all()
+    pixels, _, placement = decode_at(png(image), resolution=64)
+    assert (pixels == np.asarray(image)[:, 32:96]).all()
+    assert placement.crop_top_left == (0, 32)
+
+
+def test_crops_and_flips():
     data = png(photo(300, 200))
-    decoder = Decoder(resolution=64, image_prompt_size=32, crop="random", flip_rate=0.5, seed=3)
-    pictures = [decoder(data, position) for position in range(12)]
-    again = [decoder(data, position) for position in reversed(range(12))][::-1]
-    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(pictures, again, strict=True))
-    assert len({p.crop_top_left for p in pictures}) > 6
-    plain = Decoder(resolution=64, image_prompt_size=32)(data, 0)
-    flipped = Decoder(resolution=64, image_prompt_size=32, flip_rate=1.0)(data, 0)
-    assert levels(flipped.image_prompt.flip(2), plain.image_prompt).max() <= 1
+    corners = [decode_at(data, crop_at=at)[2].crop_top_left for at in ((0, 0), (0, 0.5), (0, 0.9999))]
+    assert corners == [(0, 0), (0, 16), (0, 32)]
+    plain, flipped = decode_at(data), decode_at(data, flip=True)
+    assert levels(flipped[1][:, ::-1], plain[1]).max() <= 1
+    assert levels(flipped[0][:, ::-1], plain[0]).max() <= 1
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
+def test_sizes_are_read_from_the_header(format_):
+    image = photo(60, 40)
+    assert stored_size(encode(image, format_)[: None if format_ == "WEBP" else 3000]) == (40, 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to view
+    assert stored_size(encode(image, format_, exif=exif)) == (60, 40)
+    assert stored_size(b"\xff\xd8 nothing") == (0, 0)
 
 
 def test_all_modes_become_upright_rgb():
@@ -161,12 +204,3 @@ def test_gif_and_others_are_not_opened():
     Image.new("P", (4, 4)).save(buffer, "GIF")
     with pytest.raises(DataError, match="cannot decode"):
         decode_image(buffer.getvalue(), max_pixels=100)
-
-
-def test_resolution_must_fit_the_latents():
-    with pytest.raises(ConfigError, match=r"data\.resolution=500 must be a multiple of 8 .*try 496"):
-        Decoder(resolution=500)
-    with pytest.raises(ConfigError, match=r"data\.image_prompt_size must be at least 1, got 0"):
-        Decoder(resolution=512, image_prompt_size=0)
-    with pytest.raises(ConfigError, match="Did you mean 'center'"):
-        Decoder(resolution=512, crop="centre")

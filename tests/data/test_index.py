@@ -7,9 +7,10 @@ import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ipa_train.data.index import build_index, find_shards
-from ipa_train.data.pipeline import ShardReader
+from ipa_train.data.reader import ShardReader
 from ipa_train.errors import ConfigError, DataError
 from tests.data.conftest import encode, picture, write_shard, write_shards
 
@@ -234,6 +235,49 @@ def test_the_index_can_live_elsewhere(shards, tmp_path):
     assert not list(shards.glob("*.npy"))
     assert len(json.loads((tmp_path / "index" / "index.json").read_text())["shards"]) == 5
     assert all(isinstance(s.rows(), np.memmap) for s in built.shards)
+
+
+def test_the_index_knows_the_size_of_every_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to view
+    long_comment = encode(picture(0, width=70, height=50), comment=b"x" * 9000)  # the size lies behind the first 4 kB
+    pictures = [encode(picture(0)), encode(picture(0), exif=exif), encode(picture(0, width=60, height=30), "WEBP")]
+    members = [
+        (f"{i}.{s}", d) for i, p in enumerate([*pictures, long_comment, b"x"]) for s, d in (("jpg", p), ("txt", b""))
+    ]
+    one_tar(tmp_path, members)
+    (shard,) = index(tmp_path).shards
+    sizes = [(row["height"].item(), row["width"].item()) for row in shard.rows()]
+    assert sizes == [(40, 48), (48, 40), (30, 60), (50, 70), (0, 0)]
+    assert (shard.entry.min_short_side, shard.entry.max_short_side) == (30, 50)
+
+
+def test_excluded_samples_are_left_out_and_counted(shards):
+    whole = build_index(str(shards))
+    (shards / "exclude-dedup.txt").write_text("# duplicates\n00000.tar/000000001\n\n00002.tar/000020000 # of 00001\n")
+    (shards / "exclude-mine.txt").write_text("00000.tar/000000001\n00000.tar/000000002\n00002.tar/nowhere\n")
+    first = {s.rows_path: s.rows_path.stat().st_mtime_ns for s in whole.shards}
+    built = build_index(str(shards))
+    assert built.counts.tolist() == [5, 5, 8]
+    assert [s.entry.num_excluded for s in built.shards] == [2, 0, 1]
+    assert built.index_id != whole.index_id
+    keys = {ShardReader(built).read(0, row)[2] for row in range(5)}
+    assert keys.isdisjoint({"000000001", "000000002"})
+    untouched = whole.shards[1].rows_path
+    assert untouched.stat().st_mtime_ns == first[untouched], "shards that lose nothing are not indexed again"
+    for path in shards.glob("exclude-*.txt"):
+        path.unlink()
+    assert build_index(str(shards)).index_id == whole.index_id
+    (shards / "exclude-bad.txt").write_text("000000001\n")
+    with pytest.raises(DataError, match=r"exclude-bad\.txt: line 1 is '000000001'; write one 00000\.tar/key"):
+        build_index(str(shards))
+
+
+def test_a_shard_may_be_excluded_whole(shards):
+    (shards / "exclude-all.txt").write_text("".join(f"00001.tar/00001{i:04d}\n" for i in range(5)))
+    built = build_index(str(shards))
+    assert built.counts.tolist() == [7, 0, 9]
+    assert len(built.shards[1].rows()) == 0
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

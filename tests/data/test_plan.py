@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipa_train.data.plan import Plan
+from ipa_train.data.plan import Mixture, Plan, rank_share
 from ipa_train.errors import ConfigError
 
 plans = st.builds(
@@ -41,8 +41,9 @@ def test_no_sample_is_lost_when_ranks_and_batch_size_change(plan, layout):
     position, seen = 0, []
     for world_size, per_rank, steps in layout:
         for _ in range(steps):
-            batch = [plan.rank_positions(position, world_size * per_rank, r, world_size) for r in range(world_size)]
-            position += world_size * per_rank
+            size = world_size * per_rank
+            batch = [position + rank_share(plan, position, size, r, world_size) for r in range(world_size)]
+            position += size
             seen += np.concatenate(batch).tolist()
     assert sorted(seen) == list(range(position))
 
@@ -61,7 +62,7 @@ def test_batches_mix_shards():
 
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(ConfigError, match="global_batch_size=10 cannot be shared equally by 4 processes"):
-        Plan(np.array([100])).rank_positions(0, 10, 0, 4)
+        rank_share(Plan(np.array([100])), 0, 10, 0, 4)
 
 
 def test_a_plan_survives_the_way_to_a_spawned_worker():
@@ -73,3 +74,34 @@ def test_a_plan_survives_the_way_to_a_spawned_worker():
 def test_a_negative_seed_is_refused():
     with pytest.raises(ConfigError, match=r"data\.seed must be at least 0, got -1"):
         Plan(np.array([3]), seed=-1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sources=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=5), min_size=1, max_size=4),
+    weights=st.lists(st.floats(0.01, 1.0), min_size=4, max_size=4),
+    start=st.integers(0, 10**9),
+)
+def test_a_mixture_goes_through_each_source_in_its_own_order(sources, weights, start):
+    """Over any range each source gives the next samples of its own plan, and as many as its weight says."""
+    plans = []
+    for number, counts in enumerate(sources):
+        padded = [counts if k == number else [0] * len(other) for k, other in enumerate(sources)]
+        plans.append(Plan(np.concatenate(padded), seed=3, num_lanes=2, window_size=7))
+    weights = weights[: len(plans)]
+    mixture = Mixture(plans, weights)
+    positions = np.arange(start, start + 500)
+    number, inner = mixture.split(positions)
+    before = mixture.consumed(start)
+    for source, plan in enumerate(plans):
+        mine = inner[number == source]
+        assert mine.tolist() == list(range(before[source], before[source] + len(mine)))
+        assert (np.stack(mixture.locate(positions))[:, number == source] == np.stack(plan.locate(mine))).all()
+        assert abs(len(mine) / 500 - weights[source] / sum(weights)) < 0.01
+    assert (mixture.consumed(start + 500) == before + np.bincount(number, minlength=len(plans))).all()
+    assert mixture.counts.sum() == Mixture.CYCLE
+
+
+def test_the_rarest_source_is_not_forgotten():
+    plans = [Plan(np.array([9, 0])), Plan(np.array([0, 9]))]
+    assert Mixture(plans, [1.0, 1e-9]).counts.tolist() == [Mixture.CYCLE - 1, 1]

@@ -13,7 +13,7 @@ from ipa_train.errors import ConfigError, ExportError
 from ipa_train.eval.generate import generate, grid, load_pipeline, to_pil
 from ipa_train.export import to_interchange, write_export
 
-STEPS = {"size": 64, "num_inference_steps": 2}
+STEPS = {"size": (64, 64), "num_inference_steps": 2}
 
 
 def adapter_for(base, num_tokens=4):
@@ -38,6 +38,12 @@ def exported(base, image_encoder, tmp_path):
     return write
 
 
+def draw(base, adapter, image_encoder, image_prompts, captions, **options):
+    kind = adapter.projector.feature_kind
+    features, null_features = image_encoder.encode(image_prompts, kind), image_encoder.null_features(kind)
+    return generate(base, adapter, features, null_features, captions, **options)
+
+
 def difference(a, b):
     pixels = [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int() for image in (a, b)]
     return (pixels[0] - pixels[1]).abs().max()
@@ -45,28 +51,28 @@ def difference(a, b):
 
 def test_a_picture_depends_on_its_seed_and_not_on_its_neighbours(base, image_encoder, prompts):
     adapter = adapter_for(base).attach(base.attention_sites())
-    both = generate(base, adapter, image_encoder, prompts, ["a", "b"], seed=5, **STEPS)
-    (second,) = generate(base, adapter, image_encoder, prompts[1:], ["b"], seed=6, **STEPS)
+    both = draw(base, adapter, image_encoder, prompts, ["a", "b"], seed=5, **STEPS)
+    (second,) = draw(base, adapter, image_encoder, prompts[1:], ["b"], seed=6, **STEPS)
     assert difference(both[1], second) <= 1
-    (other,) = generate(base, adapter, image_encoder, prompts[1:], ["b"], seed=7, **STEPS)
+    (other,) = draw(base, adapter, image_encoder, prompts[1:], ["b"], seed=7, **STEPS)
     assert difference(both[1], other) > 1
 
 
 def test_guidance_of_one_takes_one_half(base, image_encoder, prompts):
     adapter = adapter_for(base).attach(base.attention_sites())
-    assert len(generate(base, adapter, image_encoder, prompts, ["a", "b"], guidance_scale=1.0, **STEPS)) == 2
+    assert len(draw(base, adapter, image_encoder, prompts, ["a", "b"], guidance_scale=1.0, **STEPS)) == 2
 
 
 def test_the_vae_may_have_its_own_precision(tiny_models, image_encoder, prompts):
     base = StableDiffusion.from_pretrained(str(tiny_models[0]), dtype="bfloat16", vae_dtype="float32")
     adapter = adapter_for(base).attach(base.attention_sites())
-    assert len(generate(base, adapter, image_encoder, prompts, ["a", "b"], **STEPS)) == 2
+    assert len(draw(base, adapter, image_encoder, prompts, ["a", "b"], **STEPS)) == 2
 
 
 def test_drawing_leaves_the_random_numbers_of_training_alone(base, image_encoder, prompts):
     adapter = adapter_for(base).attach(base.attention_sites())
     state = torch.get_rng_state()
-    generate(base, adapter, image_encoder, prompts, ["a", "b"], **STEPS)
+    draw(base, adapter, image_encoder, prompts, ["a", "b"], **STEPS)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -116,7 +122,7 @@ def test_the_file_draws_what_training_drew(base, image_encoder, tiny_models, pro
     adapter = adapter_for(base)
     torch.save(to_interchange(adapter, base.attention_sites()), tmp_path / "flat.bin")
     adapter.attach(base.attention_sites())
-    (own,) = generate(base, adapter, image_encoder, prompts[:1], ["a"], seed=3, **STEPS)
+    (own,) = draw(base, adapter, image_encoder, prompts[:1], ["a"], seed=3, **STEPS)
     pipeline = load_pipeline(
         str(tiny_models[0]), tmp_path / "flat.bin", str(tiny_models[1]), dtype="float32", device="cpu"
     )

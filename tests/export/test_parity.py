@@ -75,7 +75,9 @@ def test_pictures_during_training_are_those_of_the_export(
     adapter.attach(base.attention_sites())
     image = picture(3)
     options = {"num_inference_steps": 3, "guidance_scale": 4.0}
-    (own,) = generate(base, adapter, image_encoder, image, ["a cat"], size=64, seed=7, **options)
+    kind = adapter.projector.feature_kind
+    features, null_features = image_encoder.encode(image, kind), image_encoder.null_features(kind)
+    (own,) = generate(base, adapter, features, null_features, ["a cat"], size=(64, 64), seed=7, **options)
     theirs = load_in_diffusers(tiny_models, tmp_path)(
         "a cat",
         ip_adapter_image=Image.fromarray(image[0].permute(1, 2, 0).numpy()),

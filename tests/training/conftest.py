@@ -7,7 +7,7 @@ import torch
 
 from ipa_train.adapter import LinearProjector
 from ipa_train.conditioning import ConditionDropout
-from ipa_train.data.batch import Batch
+from ipa_train.data.batch import Batch, Pictures
 from ipa_train.diffusion import Objective, UniformTimesteps
 from ipa_train.training.module import AdapterTraining
 from ipa_train.training.optim import LRSchedule
@@ -22,12 +22,12 @@ def make_batch(positions, *, size=32):
     pixels, prompts = torch.stack(rows, dim=1)
     n = len(rows)
     return Batch(
-        pixels=pixels,
-        image_prompts=prompts,
+        content=Pictures(pixels=pixels, separate_prompts=prompts),
         captions=[f"caption {int(p)}" for p in positions],
         positions=torch.as_tensor(positions),
         original_sizes=torch.full((n, 2), size),
         crop_top_lefts=torch.zeros(n, 2, dtype=torch.int64),
+        target_sizes=torch.full((n, 2), size),
         keys=[f"00000/{int(p)}" for p in positions],
     )
 

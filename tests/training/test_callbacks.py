@@ -75,7 +75,7 @@ def test_the_norm_is_the_one_before_clipping(tmp_path):
     module = ToyTraining()
     batch = Images()[0]
     module.training_step(batch, 0)
-    x = batch.pixels.flatten(1).float() / 255
+    x = batch.content.pixels.flatten(1).float() / 255
     (module.adapter(x) - module.base(x)).square().mean().backward()
     norm = torch.stack([p.grad.norm() for p in module.adapter.parameters()]).norm().item()
     assert float(rows(log.path)[0]["train/grad_norm"]) == pytest.approx(norm, rel=1e-6)

@@ -36,7 +36,7 @@ def test_dropped_conditions_reach_the_denoiser_as_no_condition(make_module):
     batch = make_batch(range(4))
     other = make_batch(range(4))
     object.__setattr__(other, "captions", ["something else"] * 4)
-    object.__setattr__(other, "image_prompts", 255 - other.image_prompts)
+    object.__setattr__(other.content, "separate_prompts", 255 - other.content.separate_prompts)
     assert torch.equal(loss(1.0, batch), loss(1.0, other))
     assert not torch.equal(loss(0.0, batch), loss(0.0, other))
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ipa_train.data.batch import Batch
+from ipa_train.data.batch import Batch, Pictures
 from ipa_train.training.callbacks.checkpointing import Checkpointing
 from ipa_train.training.checkpoint import AdapterCheckpointIO
 from ipa_train.training.ema import AdapterEMA
@@ -30,12 +30,12 @@ class Images(Dataset):
         captions = ["poison" if int(p) in self.poison else "good" for p in positions]
         keys = [f"shard/{int(p):04d}" for p in positions]
         return Batch(
-            pixels=pixels,
-            image_prompts=pixels,
+            content=Pictures(pixels=pixels, separate_prompts=None),
             captions=captions,
             positions=positions,
             original_sizes=zeros,
             crop_top_lefts=zeros,
+            target_sizes=zeros,
             keys=keys,
         )
 
@@ -67,7 +67,7 @@ class ToyTraining(lightning.LightningModule):
         self.losses = []
 
     def training_step(self, batch, batch_idx):
-        x = batch.pixels.flatten(1).float() / 255
+        x = batch.content.pixels.flatten(1).float() / 255
         losses = (self.adapter(x) - self.base(x)).square().mean(dim=1)
         losses = losses * torch.tensor([float("nan") if c == "poison" else 1.0 for c in batch.captions])
         self.metrics.update("train/loss", losses)

@@ -8,8 +8,9 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from PIL import Image
 
+from ipa_train.data.batch import Pictures
 from ipa_train.errors import ConfigError
-from ipa_train.eval.generate import generate, grid, to_pil
+from ipa_train.eval.generate import decode_latents, generate, grid, to_pil
 from ipa_train.runtime.files import atomic_write
 
 
@@ -50,23 +51,29 @@ class SampleGrid(Callback):
 
     def _draw(self, trainer: Trainer, module: LightningModule) -> Image.Image:
         batch = trainer.datamodule.first_batch(self.num_images).to(module.device)
-        rows = [to_pil(batch.pixels), to_pil(batch.image_prompts)]
+        posterior, image_features = module.encode(batch)
+        if isinstance(batch.content, Pictures):
+            rows = [to_pil(batch.content.pixels), to_pil(batch.content.image_prompts)]
+            labels = ["training pictures", "image prompts"]
+        else:
+            rows, labels = [decode_latents(module.base, posterior.mean)], ["training pictures, from the cache"]
+        height, width = batch.target_sizes[0].tolist()
         with module.averaged_weights():
             for captions in (batch.captions, [""] * len(batch)):
                 rows.append(
                     generate(
                         module.base,
                         module.adapter,
-                        module.image_encoder,
-                        batch.image_prompts,
+                        image_features,
+                        module.null_features,
                         captions,
-                        size=batch.pixels.shape[-1],
+                        size=(height, width),
                         num_inference_steps=self.num_inference_steps,
                         guidance_scale=self.guidance_scale,
                     )
                 )
-        labels = ("training pictures", "image prompts", "image prompt and caption", "image prompt alone")
-        return grid(rows, labels, cell=max(96, min(256, batch.pixels.shape[-1])))
+        labels += ["image prompt and caption", "image prompt alone"]
+        return grid(rows, labels, cell=max(96, min(256, width)))
 
     def _show(self, trainer: Trainer, picture: Image.Image, step: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

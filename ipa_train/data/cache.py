@@ -1,0 +1,270 @@
+"""The feature cache: what the frozen encoders made of every picture, so that training need not run them.
+
+    cache/cache.json                   what was encoded, by what, and how: compared before a single feature is used
+    cache/00000-512x512.tar            of shard 00000 the samples of one bucket: an ordinary WebDataset tar of
+                                       key.safetensors (and key.flipped.safetensors) and key.txt
+    cache/00000.json                   shard 00000 is done: how many samples, and which were bad
+
+Every safetensors header of a bucket is the same, so a sample is read straight into its place in the batch. Captions are
+kept as text: text encoders are cheap, and their states large.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from numpy import ndarray
+from torch import Tensor
+
+from ipa_train.data.batch import Batch, Features
+from ipa_train.data.buckets import Bucket
+from ipa_train.data.index import Index
+from ipa_train.data.pictures import check_flip_rate, draw_flips
+from ipa_train.data.reader import ShardReader
+from ipa_train.data.transfer import empty_for_transfer
+from ipa_train.errors import ConfigError, DataError
+from ipa_train.runtime.files import atomic_write
+
+VERSION = 1
+DESCRIPTION = "cache.json"
+_DTYPES = {"F16": torch.float16, "I64": torch.int64}
+_MAX_HEADER_BYTES = 2**16
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheDescription:
+    """All that the features of a cache depend on."""
+
+    encoders: dict[str, Any]
+    """What made them: VAE, image encoder, kind of image features, as the training module states it."""
+    precision: dict[str, str]
+    """In which the encoders ran; not compared at training, which may run in another one."""
+    resolution: int
+    buckets: list[list[int]]
+    """(height, width) of the training pixels."""
+    bucket_step: int | None
+    max_aspect_ratio: float
+    flipped: bool
+    latents_std: bool
+    source: str
+    """Identity of the index of the shards that were encoded."""
+    groups: list[str] = field(default_factory=list)
+    """Names of these shards, in their order."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything above."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def write(self, folder: Path) -> None:
+        """Write ``cache.json``, or check that the one there says the same.
+
+        Raises:
+            ConfigError: another cache is there; names what differs.
+        """
+        if (folder / DESCRIPTION).exists():
+            there = read_description(folder)
+            if there != self:
+                raise ConfigError(
+                    f"{folder} holds a cache of another kind: {_difference(asdict(there), asdict(self))}; "
+                    "encode into another folder, or delete this one."
+                )
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / DESCRIPTION) as temporary:
+            content = {"version": VERSION, "fingerprint": self.fingerprint, **asdict(self)}
+            temporary.write_text(json.dumps(content, indent=1))
+
+    def require(self, folder: Path, *, encoders: dict[str, Any], **options: object) -> None:
+        """Raise ConfigError, naming what differs, unless the features are what training with these would compute."""
+        if encoders != self.encoders:
+            raise ConfigError(
+                f"{folder}: these features were made by other encoders than this run's: "
+                f"{_difference(self.encoders, encoders)}; encode anew (ipa data encode), or use the encoders of then."
+            )
+        for name, value in options.items():
+            if getattr(self, name) != value:
+                raise ConfigError(
+                    f"data.{name}={value}, but {folder} was encoded with {name}={getattr(self, name)}: "
+                    "set it alike, or encode anew (ipa data encode)."
+                )
+
+
+def read_description(folder: Path) -> CacheDescription:
+    """Read ``cache.json``.
+
+    Raises:
+        ConfigError: there is none, or not of this version, or it was changed by hand.
+    """
+    path = folder / DESCRIPTION
+    try:
+        content = json.loads(path.read_text())
+        version, fingerprint = content.pop("version"), content.pop("fingerprint")
+        if version != VERSION:
+            raise ConfigError(f"{path}: version {version}, this release reads {VERSION}; encode anew.")
+        description = CacheDescription(**content)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} is missing: without it nothing says what the features beside it are.") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: damaged: {error}; encode anew.") from error
+    if description.fingerprint != fingerprint:
+        raise ConfigError(f"{path}: its fingerprint is not that of its content; it was changed, so encode anew.")
+    return description
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The entries that differ, as ``name: old, now new``."""
+    names = [name for name in old.keys() | new.keys() if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} was {_short(old.get(name))}, now {_short(new.get(name))}" for name in sorted(names))
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class _Tensor(NamedTuple):
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Layout:
+    """The header that all members of a bucket share, and the tensors behind it in their order."""
+
+    def __init__(self, head: bytes) -> None:
+        """Read from the first bytes of a member. Raises DataError if they are no safetensors header."""
+        length = int.from_bytes(head[:8], "little")
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, len(head) - 8):
+            raise DataError("its features are not in safetensors form")
+        self.header = head[: 8 + length]
+        try:
+            entries = json.loads(self.header[8:])
+            entries.pop("__metadata__", None)
+            found = sorted((e["data_offsets"][0], name, e["dtype"], e["shape"]) for name, e in entries.items())
+            self.tensors = [_Tensor(name, _DTYPES[dtype], tuple(shape)) for _, name, dtype, shape in found]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"its features cannot be understood: {error}") from error
+
+
+class FeatureLoader:
+    """Reads cached features; also finds which shard of a cache holds a bucket of a source shard (its group)."""
+
+    def __init__(self, index: Index, *, flip_rate: float = 0.0, seed: int = 0) -> None:
+        check_flip_rate(flip_rate)
+        self.reader, self.flip_rate, self.seed = ShardReader(index), flip_rate, seed
+        folders = dict.fromkeys(shard.path.parent for shard in index.shards)
+        self.descriptions = {folder: read_description(folder) for folder in folders}
+        first = next(iter(self.descriptions.values()))
+        for folder, description in self.descriptions.items():
+            if description.buckets != first.buckets:
+                raise ConfigError(f"{folder}: its buckets are not those of the other caches; encode them alike.")
+            if flip_rate and not description.flipped:
+                raise ConfigError(
+                    f"data.flip_rate={flip_rate}, but {folder} holds no flipped features: encode with --flip."
+                )
+        self.buckets: list[Bucket] = [(height, width) for height, width in first.buckets]
+        self._table = self._group_shards(index)
+        self._layouts = [self._read_layout(bucket) for bucket in range(len(self.buckets))]
+
+    @property
+    def counts(self) -> Int64[ndarray, "buckets groups"]:
+        """Samples of each bucket in each group."""
+        counts = np.append(self.reader.index.counts, 0)
+        return counts[self._table].T
+
+    @property
+    def group_folders(self) -> list[Path]:
+        """The cache that each group belongs to."""
+        shards = self.reader.index.shards
+        return [shards[row.max()].path.parent for row in self._table]
+
+    def shard(self, group: int, bucket: int) -> int:
+        """The shard that holds the samples of a bucket which a plan counts under ``group``."""
+        return int(self._table[group, bucket])
+
+    def begin(self, bucket: int, positions: Tensor) -> "FeatureBatch":
+        """Make room for the samples of these positions."""
+        layout = self._layouts[bucket]
+        if layout is None:
+            raise ValueError(f"bucket {bucket} has no samples")
+        return FeatureBatch(self, layout, self.buckets[bucket], positions)
+
+    def _group_shards(self, index: Index) -> Int64[ndarray, "groups buckets"]:
+        """Numbers of the shards, -1 where a group has no sample of a bucket.
+
+        Raises:
+            DataError: the cache is not finished, or holds a shard that its description does not know.
+        """
+        numbers = {shard.path: number for number, shard in enumerate(index.shards)}
+        table = []
+        for folder, description in self.descriptions.items():
+            for group in description.groups:
+                paths = [folder / shard_name(group, bucket) for bucket in self.buckets]
+                row = [numbers.pop(path, -1) for path in paths]
+                if max(row) >= 0:
+                    table.append(row)
+                elif not (folder / f"{group}.json").exists():
+                    raise DataError(f"{folder}: shard {group} is not encoded yet; run ipa data encode again.")
+        if numbers:
+            raise DataError(f"{next(iter(numbers))}: not a shard of the cache that {DESCRIPTION} beside it describes.")
+        return np.array(table)
+
+    def _read_layout(self, bucket: int) -> Layout | None:
+        found = self._table[:, bucket].max()
+        if found < 0:
+            return None
+        length = int(self.reader.index.shards[found].rows()[0]["content_length"])
+        try:
+            return Layout(self.reader.head(int(found), min(length, _MAX_HEADER_BYTES)))
+        except DataError as error:
+            raise DataError(f"{self.reader.index.shards[found].path}: {error}") from error
+
+
+class FeatureBatch:
+    """A batch of features in the making."""
+
+    def __init__(self, loader: FeatureLoader, layout: Layout, size: Bucket, positions: Tensor) -> None:
+        self.loader, self.layout, self.size, self.positions = loader, layout, size, positions
+        count = len(positions)
+        self.tensors = {t.name: empty_for_transfer((count, *t.shape), t.dtype) for t in layout.tensors}
+        self._header = np.empty(len(layout.header), np.uint8)
+        self._arrays = [tensor.numpy() for tensor in self.tensors.values()]
+        self._flips = draw_flips(loader.seed, positions, loader.flip_rate)
+
+    def load(self, i: int, shard: int, row: int) -> tuple[str, str]:
+        """Read a sample into place ``i``; return (caption, key). Raises DataError if it is bad."""
+        buffers = [self._header, *(array[i] for array in self._arrays)]
+        found = self.loader.reader.read_into(shard, row, buffers, flipped=self._flips[i])
+        if self._header.tobytes() != self.layout.header:
+            raise DataError("its features are laid out unlike those of its neighbours")
+        return found
+
+    def finish(self, captions: list[str], keys: list[str]) -> Batch:
+        """The batch, when every place is filled."""
+        return Batch(
+            content=Features(
+                latents_mean=self.tensors["latents_mean"],
+                latents_std=self.tensors.get("latents_std"),
+                image_features=self.tensors["image_features"],
+            ),
+            captions=captions,
+            positions=self.positions,
+            original_sizes=self.tensors["original_size"],
+            crop_top_lefts=self.tensors["crop_top_left"],
+            target_sizes=torch.tensor(self.size).expand(len(captions), 2),
+            keys=keys,
+        )
+
+
+def shard_name(group: str, bucket: Sequence[int]) -> str:
+    """Name of the tar that holds a bucket of a source shard."""
+    return f"{group}-{bucket[0]}x{bucket[1]}.tar"

@@ -1,0 +1,136 @@
+"""Random access to the samples of indexed shards."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy import ndarray
+
+from ipa_train.data.buckets import Bucket, shard_buckets
+from ipa_train.data.index import Index
+from ipa_train.data.tar import BLOCK
+from ipa_train.errors import DataError
+
+_MAX_OPEN_SHARDS = 128
+
+
+@dataclass
+class _OpenShard:
+    descriptor: int
+    rows: ndarray
+    by_bucket: list[ndarray] | None
+    """Row numbers of each bucket, where the shard's pictures fall into several."""
+
+
+class ShardReader:
+    """Reads single samples of indexed shards; keeps the last used shards open."""
+
+    def __init__(self, index: Index, buckets: Sequence[Bucket] = ()) -> None:
+        self.index = index
+        self.buckets = list(buckets) if len(buckets) > 1 and index.content == "pictures" else []
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+
+    def row(self, shard: int, bucket: int, number: int) -> int:
+        """Row of the shard's ``number``-th sample in a bucket. Raises DataError as :meth:`read` does."""
+        by_bucket = self._shard(shard).by_bucket
+        return number if by_bucket is None else int(by_bucket[bucket][number])
+
+    def read(self, shard: int, row: int) -> tuple[bytes, str, str]:
+        """Return (content bytes, caption, key).
+
+        Raises:
+            DataError: the shard cannot be read or is shorter than its index says, or the caption is no UTF-8.
+        """
+        opened = self._shard(shard)
+        offset, length, content_start, content_length, text_start, text_length, *_ = opened.rows[row].item()
+        data = _pread(opened.descriptor, length, offset)
+        content = data[content_start : content_start + content_length]
+        caption = _decode_caption(data[text_start : text_start + text_length])
+        return content, caption, _key(data[content_start - BLOCK : content_start])
+
+    def read_into(self, shard: int, row: int, buffers: Sequence[ndarray], *, flipped: bool) -> tuple[str, str]:
+        """Read the sample's features straight into ``buffers``, which are as long as they; return (caption, key).
+
+        Raises:
+            DataError: as :meth:`read`, or the features are of another length, or there are no flipped ones.
+        """
+        opened = self._shard(shard)
+        offset, _, content_start, content_length, text_start, text_length, flipped_start, *_ = opened.rows[row].item()
+        start = flipped_start if flipped else content_start
+        if not start:
+            raise DataError("has no flipped features: encode with --flip, or set data.flip_rate=0")
+        if content_length != sum(buffer.nbytes for buffer in buffers):
+            raise DataError(f"its features are {content_length} bytes long, unlike those of its neighbours")
+        header = np.empty(BLOCK, np.uint8)
+        try:
+            length = os.preadv(opened.descriptor, [header.data, *(b.data for b in buffers)], offset + start - BLOCK)
+        except OSError as error:
+            raise DataError(f"cannot read: {error.strerror}") from error
+        if length != BLOCK + content_length:
+            raise DataError(f"truncated since it was indexed: {max(0, length - BLOCK)} of {content_length} bytes")
+        caption = _decode_caption(_pread(opened.descriptor, text_length, offset + text_start))
+        return caption, _key(header.tobytes())
+
+    def head(self, shard: int, length: int) -> bytes:
+        """The first bytes of the content of the shard's first sample. Raises DataError as :meth:`read` does."""
+        opened = self._shard(shard)
+        row = opened.rows[0]
+        return _pread(opened.descriptor, length, int(row["offset"]) + int(row["content_start"]))
+
+    def key(self, shard: int, row: int) -> str:
+        """Name of a sample in its shard, as far as it can still be read."""
+        try:
+            opened = self._shard(shard)
+            where = opened.rows[row]
+            start = int(where["offset"]) + int(where["content_start"]) - BLOCK
+            return _key(os.pread(opened.descriptor, BLOCK, start))
+        except (OSError, DataError):
+            return f"row {row}"
+
+    def _shard(self, shard: int) -> _OpenShard:
+        if shard not in self._open:
+            source = self.index.shards[shard]
+            try:
+                rows = source.rows()
+                by_bucket = None
+                if self.buckets:
+                    numbers = shard_buckets(rows, self.buckets)
+                    by_bucket = [np.flatnonzero(numbers == bucket) for bucket in range(len(self.buckets))]
+                self._open[shard] = _OpenShard(os.open(source.path, os.O_RDONLY), rows, by_bucket)
+            except OSError as error:
+                raise DataError(f"cannot open: {error.strerror}") from error
+            if len(self._open) > _MAX_OPEN_SHARDS:
+                os.close(self._open.popitem(last=False)[1].descriptor)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def __getstate__(self) -> dict[str, object]:
+        # Descriptors do not cross to another process.
+        return {"index": self.index, "buckets": self.buckets, "_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        for opened in self._open.values():
+            os.close(opened.descriptor)
+
+
+def _pread(descriptor: int, length: int, offset: int) -> bytes:
+    try:
+        data = os.pread(descriptor, length, offset)
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror}") from error
+    if len(data) < length:
+        raise DataError(f"truncated since it was indexed: {len(data)} of {length} bytes")
+    return data
+
+
+def _decode_caption(data: bytes) -> str:
+    try:
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise DataError("the caption is not UTF-8") from error
+
+
+def _key(header: bytes) -> str:
+    return header[:100].split(b"\0", 1)[0].decode(errors="replace").partition(".")[0]
