@@ -1,0 +1,46 @@
+"""Writing shards: what img2dataset's own would be, there whole or not at all."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import webdataset
+
+from ipa_train.runtime.files import atomic_write
+
+
+class ShardWriter:
+    """One open shard; see :func:`open_shard`."""
+
+    def __init__(self, tar: webdataset.TarWriter) -> None:
+        self._tar = tar
+        self.num_samples = 0
+
+    def write(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Add a sample: ``{"jpg": ..., "txt": ...}``, by suffix."""
+        self._tar.write({"__key__": key, **members})
+        self.num_samples += 1
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[ShardWriter]:
+    """Write the tar ``path``, and then ``NAME_stats.json``, the mark of a complete shard, if the block succeeds.
+
+    The same samples make the same bytes, whoever writes them and when, so that a re-run can be compared.
+    """
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        tar = webdataset.TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False)
+        try:
+            writer = ShardWriter(tar)
+            yield writer
+        finally:
+            tar.close()
+    stats = {"count": writer.num_samples, "successes": writer.num_samples}
+    with atomic_write(stats_path(path)) as temporary:
+        temporary.write_text(json.dumps(stats))
+
+
+def stats_path(shard: Path) -> Path:
+    """Where the mark of a complete shard lies."""
+    return shard.with_name(f"{shard.stem}_stats.json")
