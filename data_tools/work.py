@@ -23,6 +23,7 @@ from ipa_train.runtime.files import atomic_write
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 _MAX_SHOWN = 5
+_PLACES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 EXIT_PROBLEMS = 1
 """The work is done, but its result is not to be trusted blindly: the report names what is wrong."""
 
@@ -31,6 +32,35 @@ def add_work_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what every tool takes."""
     parser.add_argument("--workers", type=int, help="processes; default: one per core")
     parser.add_argument("--report", type=Path, help="where to write the JSON report, if not beside the output")
+
+
+def add_share_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what a tool takes whose tasks several machines may share."""
+    parser.add_argument("--task-index", type=int, help="from 0; default: that of srun, torchrun or a Slurm array")
+    parser.add_argument("--num-tasks", type=int, help="processes that share the work; default: those of the same")
+
+
+def my_share(tasks: Sequence[Task], args: argparse.Namespace) -> Sequence[Task]:
+    """This process's tasks, every ``num_tasks``-th; all of them where nothing says that there are others.
+
+    Sets ``args.task_index`` and ``args.num_tasks`` to what holds. A Slurm array of jobs of several processes counts as
+    so many tasks.
+
+    Raises:
+        ConfigError: an index outside 0..num_tasks-1.
+    """
+    if (args.task_index is None) != (args.num_tasks is None):
+        raise ConfigError("--task-index and --num-tasks belong together: give both, or neither.")
+    if args.task_index is None:
+        known = [pair for pair in _PLACES if all(name in os.environ for name in pair)]
+        index, count = (int(os.environ[name]) for name in known[0]) if known else (0, 1)
+        if "SLURM_ARRAY_TASK_ID" in os.environ:
+            job = int(os.environ["SLURM_ARRAY_TASK_ID"]) - int(os.environ["SLURM_ARRAY_TASK_MIN"])
+            index, count = job * count + index, int(os.environ["SLURM_ARRAY_TASK_COUNT"]) * count
+        args.task_index, args.num_tasks = index, count
+    if not 0 <= args.task_index < args.num_tasks:
+        raise ConfigError(f"--task-index {args.task_index} must be from 0 to {args.num_tasks - 1}.")
+    return tasks[args.task_index :: args.num_tasks]
 
 
 def run_tasks(

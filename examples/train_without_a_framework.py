@@ -52,7 +52,7 @@ for step in range(args.steps):
     features = encoder.encode(load(batch, encoder.image_size).to(device), "pooled")
     image_tokens = adapter(dropped.image_features(features, encoder.null_features("pooled")))
     text = base.encode_text(dropped.captions([path.stem.replace("_", " ") for path in batch]))
-    posterior = base.encode_images(load(batch, args.resolution).to(device))
+    posterior = base.vae.encode(load(batch, args.resolution).to(device))
     latents = posterior.sample(draws.normal("posterior", posterior.mean.shape[1:]))
     noise = objective.draw_noise(draws, latents.shape[1:])
     timesteps = UniformTimesteps().draw(draws, objective.num_timesteps)

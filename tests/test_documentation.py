@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ipa_train.cli.config import load_config
-from ipa_train.cli.main import load_verb
+from ipa_train.cli.main import load_verb, parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -35,9 +35,9 @@ def test_there_are_commands():
 def test_commands_are_right(command):
     _, verb, *rest = shlex.split(command)
     _, parser = load_verb(verb)
-    arguments = parser.parse_args(rest)
-    if verb in ("train", "check"):
-        load_config(arguments.overrides)
+    arguments = parse(parser, rest)
+    if "overrides" in arguments:
+        load_config(["run.name=x", *arguments.overrides])
 
 
 def test_options_are_right():

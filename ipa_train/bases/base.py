@@ -7,13 +7,13 @@ the forward after such state is gone, and then returns wrong gradients without a
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ipa_train.adapter.sites import AttentionSite
+from ipa_train.bases.vae import FrozenVAE
 from ipa_train.diffusion.objective import PredictionType
 
 
@@ -35,18 +35,6 @@ class TextConditioning:
 
 
 @dataclass(frozen=True)
-class LatentPosterior:
-    """The VAE's Gaussian over latents, already scaled to what the denoiser is trained on."""
-
-    mean: Float[Tensor, "b c h w"]
-    std: Float[Tensor, "b c h w"]
-
-    def sample(self, noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return ``mean + std * noise``."""
-        return self.mean + self.std * noise
-
-
-@dataclass(frozen=True)
 class MicroConditioning:
     """What SDXL is told of a picture's making, in pixels (height, width); other families ignore it."""
 
@@ -63,20 +51,12 @@ class Base(nn.Module, ABC):
     """Cumulative signal share of each of the training timesteps, fp32."""
     context_dim: int
     """Width of the text tokens."""
-    latent_stride: int
-    """Pixels per latent, so a training resolution must be a multiple of it."""
+    vae: FrozenVAE
+    """What makes latents of pictures."""
     path: str
     """Folder or hub id it was loaded from."""
     dtype: torch.dtype
     """Precision of the denoiser."""
-
-    @abstractmethod
-    def encode_images(self, pixels: UInt8[Tensor, "b c h w"]) -> LatentPosterior:
-        """Encode RGB 0..255 into the fp32 latent posterior."""
-
-    @abstractmethod
-    def latents_identity(self) -> dict[str, Any]:
-        """What latents depend on: the VAE's weights and scaling."""
 
     @abstractmethod
     def encode_text(self, captions: Sequence[str]) -> TextConditioning:

@@ -2,20 +2,19 @@
 
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from jaxtyping import Float, Int64, UInt8
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ipa_train.adapter.sites import AttentionSite
-from ipa_train.bases.base import Base, LatentPosterior, MicroConditioning, TextConditioning
+from ipa_train.bases.base import Base, MicroConditioning, TextConditioning
+from ipa_train.bases.vae import FrozenVAE
 from ipa_train.errors import ConfigError
-from ipa_train.runtime.identity import weights_sha256
 from ipa_train.runtime.precision import to_dtype
 
 _PIPELINE = "StableDiffusionPipeline"
@@ -45,7 +44,7 @@ class StableDiffusion(Base):
         self,
         *,
         unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
+        vae: FrozenVAE,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
         scheduler: DDIMScheduler,
@@ -61,7 +60,6 @@ class StableDiffusion(Base):
         self.prediction_type = scheduler.config.prediction_type
         self.alphas_cumprod = scheduler.alphas_cumprod.float()
         self.context_dim = unet.config.cross_attention_dim
-        self.latent_stride = 2 ** (len(vae.config.block_out_channels) - 1)
         self.dtype = unet.dtype
 
     @classmethod
@@ -91,44 +89,23 @@ class StableDiffusion(Base):
         check_pipeline_class(path, revision)
         where: dict[str, Any] = {"revision": revision, "variant": variant}
         precision = to_dtype(dtype, option="base.dtype")
-        vae_precision = to_dtype(vae_dtype or dtype, option="base.vae_dtype")
         try:
             unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=precision, **where)
-            vae = AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=torch.float32, **where)
             text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=precision, **where)
             tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", revision=revision)
             scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler", revision=revision)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"base.path={path}: cannot load this base: {reason}") from error
-        base = cls(
+        return cls(
             unet=unet,
-            vae=vae,
+            vae=FrozenVAE.from_pretrained(path, dtype=vae_dtype or dtype, **where),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             scheduler=scheduler,
             path=str(path),
             gradient_checkpointing=gradient_checkpointing,
         )
-        _ = base._vae_sha256  # of the weights as they are stored, before they are rounded
-        base.vae.to(vae_precision)
-        return base
-
-    @torch.no_grad()
-    def encode_images(self, pixels: UInt8[Tensor, "b c h w"]) -> LatentPosterior:
-        """Encode RGB 0..255 into the fp32 posterior, times the VAE's scaling factor."""
-        images = pixels.to(self.vae.dtype) / 127.5 - 1.0
-        posterior = self.vae.encode(images).latent_dist
-        scaling = self.vae.config.scaling_factor
-        return LatentPosterior(posterior.mean.float() * scaling, posterior.std.float() * scaling)
-
-    def latents_identity(self) -> dict[str, Any]:
-        """Hash of the VAE's weights, and the scaling factor."""
-        return {"vae_sha256": self._vae_sha256, "scaling_factor": self.vae.config.scaling_factor}
-
-    @cached_property
-    def _vae_sha256(self) -> str:
-        return weights_sha256(self.vae)
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextConditioning:
@@ -166,7 +143,7 @@ class StableDiffusion(Base):
     def pipeline(self) -> StableDiffusionPipeline:
         """A diffusers pipeline on these very weights, adapter included while one is attached."""
         return StableDiffusionPipeline(
-            vae=self.vae,
+            vae=self.vae.model,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=self.unet,

@@ -25,10 +25,9 @@ def build_module(config: DictConfig) -> AdapterTraining:
         ConfigError, ExportError: a folder or file that cannot serve, or an adapter that nothing could load afterwards.
     """
     base = instantiate(config.base)
-    if config.data.resolution % base.latent_stride:
-        raise ConfigError(
-            f"data.resolution={config.data.resolution} must be a multiple of {base.latent_stride}, the VAE's stride."
-        )
+    for option in ("resolution", "bucket_step"):
+        if (size := config.data[option]) and size % base.vae.stride:
+            raise ConfigError(f"data.{option}={size} must be a multiple of {base.vae.stride}, the VAE's stride.")
     module = AdapterTraining(
         base=base,
         image_encoder=instantiate(config.image_encoder),

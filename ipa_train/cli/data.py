@@ -8,14 +8,17 @@ import importlib
 
 TOOLS = {
     "index": "find every sample, and every fault of the files",
+    "encode": "run the frozen encoders once, and train on what they gave",
 }
+_WITH_A_CONFIG = ("encode",)  # composed as for training, and only the command line knows how
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare every tool's arguments."""
     tools = parser.add_subparsers(required=True, metavar="TOOL", dest="tool")
     for name, summary in TOOLS.items():
-        module = importlib.import_module(f"data_tools.{name}")
+        package = "ipa_train.cli" if name in _WITH_A_CONFIG else "data_tools"
+        module = importlib.import_module(f"{package}.{name}")
         tool = tools.add_parser(name, help=summary, description=module.__doc__)
         tool.formatter_class = argparse.RawDescriptionHelpFormatter
         module.add_arguments(tool)

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _silence_imports()
     try:
         module, parser = load_verb(verb)
-        return int(module.run(parser.parse_args(rest)))
+        return int(module.run(parse(parser, rest)))
     except UserError as error:
         if os.environ.get("IPA_DEBUG"):
             raise
@@ -66,6 +66,16 @@ def load_verb(verb: str) -> tuple[ModuleType, argparse.ArgumentParser]:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     module.add_arguments(parser)
     return module, parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """As ``parse_args``, but overrides may also stand behind options, where argparse would not look for them."""
+    parsed, rest = parser.parse_known_args(arguments)
+    if "overrides" in parsed and not any(argument.startswith("-") for argument in rest):
+        parsed.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return parsed
 
 
 def _silence_imports() -> None:

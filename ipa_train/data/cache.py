@@ -96,6 +96,16 @@ class CacheDescription:
                 )
 
 
+def encoders_identity(vae: dict[str, Any], image_encoder: dict[str, Any], feature_kind: str) -> dict[str, Any]:
+    """What features depend on besides the pictures, of what the encoders say of themselves."""
+    return {
+        **vae,
+        "image_encoder_sha256": image_encoder["weights_sha256"],
+        "image_preprocessing": image_encoder["preprocessing"],
+        "feature_kind": feature_kind,
+    }
+
+
 def read_description(folder: Path) -> CacheDescription:
     """Read ``cache.json``.
 
@@ -210,10 +220,10 @@ class FeatureLoader:
             for group in description.groups:
                 paths = [folder / shard_name(group, bucket) for bucket in self.buckets]
                 row = [numbers.pop(path, -1) for path in paths]
+                if not (folder / f"{group}.json").exists():
+                    raise DataError(f"{folder}: shard {group} is not encoded yet; run ipa data encode again.")
                 if max(row) >= 0:
                     table.append(row)
-                elif not (folder / f"{group}.json").exists():
-                    raise DataError(f"{folder}: shard {group} is not encoded yet; run ipa data encode again.")
         if numbers:
             raise DataError(f"{next(iter(numbers))}: not a shard of the cache that {DESCRIPTION} beside it describes.")
         return np.array(table)

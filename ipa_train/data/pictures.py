@@ -44,7 +44,7 @@ class PictureLoader:
 
     def begin(self, bucket: int, positions: Tensor) -> "PictureBatch":
         """Make room for the samples of these positions."""
-        return PictureBatch(self, self.buckets[bucket], positions)
+        return PictureBatch(self, self.buckets[bucket], positions, draw_flips(self.seed, positions, self.flip_rate))
 
     def shard(self, group: int, bucket: int) -> int:
         """Pictures of all buckets lie together in one shard."""
@@ -54,8 +54,8 @@ class PictureLoader:
 class PictureBatch:
     """A batch of pictures in the making."""
 
-    def __init__(self, loader: PictureLoader, size: Bucket, positions: Tensor) -> None:
-        self.loader, self.positions = loader, positions
+    def __init__(self, loader: PictureLoader, size: Bucket, positions: Tensor, flips: Sequence[bool]) -> None:
+        self.loader, self.positions, self.flips = loader, positions, flips
         count, prompt_size = len(positions), loader.image_prompt_size
         # Rows of pixels as decoders write them: no sample is transposed, and convolutions like this order.
         self.pixels = empty_for_transfer((count, *size, 3), torch.uint8)
@@ -64,7 +64,7 @@ class PictureBatch:
             self.prompts = empty_for_transfer((count, prompt_size, prompt_size, 3), torch.uint8)
         self.original_sizes = torch.empty(count, 2, dtype=torch.int64)
         self.crop_top_lefts = torch.empty(count, 2, dtype=torch.int64)
-        self.flips, self.crops = draw_flips(loader.seed, positions, loader.flip_rate), None
+        self.crops = None
         if loader.crop == "random":
             self.crops = Draws(loader.seed, positions).uniform("crop", (2,)).tolist()
 
@@ -83,15 +83,16 @@ class PictureBatch:
         return caption, key
 
     def finish(self, captions: list[str], keys: list[str]) -> Batch:
-        """The batch, when every place is filled."""
-        prompts = None if self.prompts is None else self.prompts.permute(0, 3, 1, 2)
+        """The batch of the places filled so far: all of them, or the first ones."""
+        count = len(captions)
+        prompts = None if self.prompts is None else self.prompts[:count].permute(0, 3, 1, 2)
         return Batch(
-            content=Pictures(pixels=self.pixels.permute(0, 3, 1, 2), separate_prompts=prompts),
+            content=Pictures(pixels=self.pixels[:count].permute(0, 3, 1, 2), separate_prompts=prompts),
             captions=captions,
-            positions=self.positions,
-            original_sizes=self.original_sizes,
-            crop_top_lefts=self.crop_top_lefts,
-            target_sizes=torch.tensor(self.pixels.shape[1:3]).expand(len(captions), 2),
+            positions=self.positions[:count],
+            original_sizes=self.original_sizes[:count],
+            crop_top_lefts=self.crop_top_lefts[:count],
+            target_sizes=torch.tensor(self.pixels.shape[1:3]).expand(count, 2),
             keys=keys,
         )
 

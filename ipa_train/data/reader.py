@@ -32,6 +32,11 @@ class ShardReader:
         self.buckets = list(buckets) if len(buckets) > 1 and index.content == "pictures" else []
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
+    def counts(self, shard: int) -> list[int]:
+        """Samples of a shard in each bucket. Raises DataError as :meth:`read` does."""
+        opened = self._shard(shard)
+        return [len(opened.rows)] if opened.by_bucket is None else [len(numbers) for numbers in opened.by_bucket]
+
     def row(self, shard: int, bucket: int, number: int) -> int:
         """Row of the shard's ``number``-th sample in a bucket. Raises DataError as :meth:`read` does."""
         by_bucket = self._shard(shard).by_bucket

@@ -56,15 +56,8 @@ def generate(
         cross_attention_kwargs={"ip_hidden_states": both.to(base.dtype)},
         output_type="latent",
     ).images
-    return decode_latents(base, latents)
-
-
-@torch.no_grad()
-def decode_latents(base: StableDiffusion, latents: Float[Tensor, "b c h w"]) -> list[Image.Image]:
-    """Pictures of scaled latents; diffusers' pipeline cannot, where base.vae_dtype differs from that of the UNet."""
-    decoded = base.vae.decode(latents.to(base.vae.dtype) / base.vae.config.scaling_factor).sample
-    levels = (decoded.float() / 2 + 0.5).clamp(0, 1).mul(255).round()
-    return to_pil(levels.to(torch.uint8))
+    # Decoded here: the pipeline cannot, where base.vae_dtype differs from that of the UNet.
+    return to_pil(base.vae.decode(latents))
 
 
 def seeds(seed: int, count: int) -> list[torch.Generator]:

@@ -1,6 +1,7 @@
 """Files and folders that are either there whole or not at all, whenever the machine dies."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Written beside the target because a rename is only atomic within one file system. The mode follows the umask
     (``safetensors`` would leave 0600).
     """
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    # The token tells apart processes of one number on two nodes that share the folder.
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         yield temporary
         follow_umask(temporary)

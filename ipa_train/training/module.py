@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ipa_train.adapter.adapter import IPAdapter
 from ipa_train.adapter.projector import Projector
-from ipa_train.bases.base import Base, LatentPosterior, MicroConditioning
+from ipa_train.bases import Base, LatentPosterior, MicroConditioning
 from ipa_train.conditioning.dropout import ConditionDropout, Dropped
 from ipa_train.conditioning.image_encoder import CLIPImageEncoder
 from ipa_train.data.batch import Batch, Pictures
+from ipa_train.data.cache import encoders_identity
 from ipa_train.diffusion.objective import Objective
 from ipa_train.diffusion.timesteps import UniformTimesteps
 from ipa_train.export.file import write_export
@@ -86,20 +87,15 @@ class AdapterTraining(lightning.LightningModule):
         content = batch.content
         if isinstance(content, Pictures):
             kind = self.adapter.projector.feature_kind
-            return self.base.encode_images(content.pixels), self.image_encoder.encode(content.image_prompts, kind)
+            return self.base.vae.encode(content.pixels), self.image_encoder.encode(content.image_prompts, kind)
         mean = content.latents_mean.float()
         std = torch.zeros_like(mean) if content.latents_std is None else content.latents_std.float()
         return LatentPosterior(mean, std), content.image_features.to(self.null_features.dtype)
 
     def encoders_identity(self) -> dict[str, Any]:
         """What cached features depend on, so that those of other encoders are refused."""
-        encoder = self.image_encoder.identity()
-        return {
-            **self.base.latents_identity(),
-            "image_encoder_sha256": encoder["weights_sha256"],
-            "image_preprocessing": encoder["preprocessing"],
-            "feature_kind": self.adapter.projector.feature_kind,
-        }
+        kind = self.adapter.projector.feature_kind
+        return encoders_identity(self.base.vae.identity(), self.image_encoder.identity(), kind)
 
     def record(self, losses: Tensor, timesteps: Tensor, dropped: Dropped) -> None:
         """Add a micro-batch to the running means: loss, loss by timestep quarter, realised drop rates."""

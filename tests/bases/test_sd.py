@@ -26,9 +26,9 @@ def test_is_frozen_in_eval_mode_and_in_the_precision_asked_for(tiny_models):
 
 def test_latents_are_scaled_and_text_is_padded(base):
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    posterior = base.encode_images(pixels)
-    raw = base.vae.encode(pixels.float() / 127.5 - 1).latent_dist
-    torch.testing.assert_close(posterior.mean, raw.mean * base.vae.config.scaling_factor)
+    posterior = base.vae.encode(pixels)
+    raw = base.vae.model.encode(pixels.float() / 127.5 - 1).latent_dist
+    torch.testing.assert_close(posterior.mean, raw.mean * base.vae.model.config.scaling_factor)
     assert base.encode_text(["", "a house"]).context.shape == (2, 77, 64)
 
 

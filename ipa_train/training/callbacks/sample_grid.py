@@ -10,7 +10,7 @@ from PIL import Image
 
 from ipa_train.data.batch import Pictures
 from ipa_train.errors import ConfigError
-from ipa_train.eval.generate import decode_latents, generate, grid, to_pil
+from ipa_train.eval.generate import generate, grid, to_pil
 from ipa_train.runtime.files import atomic_write
 
 
@@ -56,7 +56,7 @@ class SampleGrid(Callback):
             rows = [to_pil(batch.content.pixels), to_pil(batch.content.image_prompts)]
             labels = ["training pictures", "image prompts"]
         else:
-            rows, labels = [decode_latents(module.base, posterior.mean)], ["training pictures, from the cache"]
+            rows, labels = [to_pil(module.base.vae.decode(posterior.mean))], ["training pictures, from the cache"]
         height, width = batch.target_sizes[0].tolist()
         with module.averaged_weights():
             for captions in (batch.captions, [""] * len(batch)):

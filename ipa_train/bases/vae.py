@@ -1,0 +1,84 @@
+"""The frozen autoencoder of latent diffusion: pictures to scaled latents and back."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKL
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from ipa_train.errors import ConfigError
+from ipa_train.runtime.identity import weights_sha256
+from ipa_train.runtime.precision import to_dtype
+
+
+@dataclass(frozen=True)
+class LatentPosterior:
+    """The VAE's Gaussian over latents, already scaled to what the denoiser is trained on."""
+
+    mean: Float[Tensor, "b c h w"]
+    std: Float[Tensor, "b c h w"]
+
+    def sample(self, noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Return ``mean + std * noise``."""
+        return self.mean + self.std * noise
+
+
+class FrozenVAE(nn.Module):
+    """An AutoencoderKL, read as its family's pipelines read it."""
+
+    def __init__(self, model: AutoencoderKL) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        self.stride: int = 2 ** (len(model.config.block_out_channels) - 1)
+        """Pixels per latent, in each direction."""
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str, *, dtype: str = "bfloat16", revision: str | None = None, variant: str | None = None
+    ) -> "FrozenVAE":
+        """Load the ``vae`` of a diffusers folder or hub id.
+
+        Raises:
+            ConfigError: nothing there to load.
+        """
+        precision = to_dtype(dtype, option="base.vae_dtype")
+        try:
+            model = AutoencoderKL.from_pretrained(
+                path, subfolder="vae", torch_dtype=torch.float32, revision=revision, variant=variant
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"base.path={path}: cannot load its VAE: {reason}") from error
+        vae = cls(model)
+        _ = vae._weights_sha256  # of the weights as they are stored, before they are rounded
+        nn.Module.to(model, precision)  # diffusers' own warns of modules to be kept in fp32, also where there are none
+        return vae
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision it runs in."""
+        return cast(torch.dtype, self.model.dtype)
+
+    @torch.no_grad()
+    def encode(self, pixels: UInt8[Tensor, "b c h w"]) -> LatentPosterior:
+        """Encode RGB 0..255 into the fp32 posterior, times the scaling factor."""
+        posterior = self.model.encode(pixels.to(self.dtype) / 127.5 - 1.0).latent_dist
+        scaling = self.model.config.scaling_factor
+        return LatentPosterior(posterior.mean.float() * scaling, posterior.std.float() * scaling)
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b 3 p q"]:
+        """RGB 0..255 of scaled latents."""
+        decoded = self.model.decode(latents.to(self.dtype) / self.model.config.scaling_factor).sample
+        return (decoded.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+
+    def identity(self) -> dict[str, Any]:
+        """What latents depend on: the weights, and the scaling factor."""
+        return {"vae_sha256": self._weights_sha256, "scaling_factor": self.model.config.scaling_factor}
+
+    @cached_property
+    def _weights_sha256(self) -> str:
+        return weights_sha256(self.model)

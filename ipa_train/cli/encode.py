@@ -1,0 +1,95 @@
+"""Run the frozen encoders once: pictures to a cache of features that training reads in their place.
+
+    ipa data encode experiment=sd15_linear data.shards='/data/laion/{00000..41000}.tar' --out /data/cache
+
+Takes what `ipa train` takes, so that the features are those that the run itself would have computed. Every process of a
+torchrun, srun or Slurm array takes its share of the shards; the same command again does only what is missing.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_tools.encode import CacheWriter
+from data_tools.work import Report, add_share_arguments, my_share
+from ipa_train.bases import FrozenVAE, LatentPosterior
+from ipa_train.cli.binding import instantiate, locate
+from ipa_train.cli.config import load_config
+from ipa_train.conditioning import CLIPImageEncoder
+from ipa_train.data.batch import Pictures
+from ipa_train.data.cache import encoders_identity
+from ipa_train.errors import DataError
+from ipa_train.runtime.logging import setup_logging
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the tool's arguments."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for ipa train")
+    parser.add_argument("--config-dir", help="folder with experiment/*.yaml files of your own")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the cache")
+    parser.add_argument("--flip", action="store_true", help="features of the mirrored pictures too, for data.flip_rate")
+    parser.add_argument("--no-std", action="store_true", help="leave out the spread of the latents: half the size")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures encoded at a time")
+    parser.add_argument("--report", type=Path, help="where to write the JSON report, if not beside the cache")
+    add_share_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Encode this process's share of the shards, and report."""
+    setup_logging()
+    config = load_config(["run.name=encode", *args.overrides], config_dir=args.config_dir)
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and config.trainer.accelerator != "cpu":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
+    base = config.base
+    vae = FrozenVAE.from_pretrained(
+        base.path, dtype=base.vae_dtype or base.dtype, revision=base.revision, variant=base.variant
+    ).to(device)
+    image_encoder: CLIPImageEncoder = instantiate(config.image_encoder).to(device)
+    kind = locate(config.adapter.projector._target_, "adapter.projector").feature_kind
+    data = instantiate(
+        config.data,
+        image_prompt_size=image_encoder.image_size,
+        encoders=encoders_identity(vae.identity(), image_encoder.identity(), kind),
+    )
+
+    def encode(pictures: Pictures) -> tuple[LatentPosterior, Tensor]:
+        prompts = pictures.image_prompts.to(device, non_blocking=True)
+        return vae.encode(pictures.pixels.to(device, non_blocking=True)), image_encoder.encode(prompts, kind)
+
+    writer = CacheWriter(
+        data,
+        encode,
+        out=args.out,
+        precision={"vae": str(vae.dtype), "image_encoder": str(image_encoder.model.dtype)},
+        flip=args.flip,
+        latents_std=not args.no_std,
+        batch_size=args.batch_size,
+    )
+    return _encode(writer, args)
+
+
+def _encode(writer: CacheWriter, args: argparse.Namespace) -> int:
+    report = Report("encode", cache=str(args.out), fingerprint=writer.description.fingerprint)
+    mine = my_share(range(len(writer.shards)), args)
+    missing = []
+    for shard in mine:
+        if (done := writer.done(shard)) is None:
+            missing.append(shard)
+        else:
+            report.counts["shards encoded before"] += 1
+            report.counts["samples encoded before"] += done.num_samples
+    for result in writer.run(missing):
+        if isinstance(result, DataError):
+            report.problem(str(result))
+            continue
+        report.counts["shards encoded"] += 1
+        report.counts["samples encoded"] += result.num_samples
+        if result.bad:
+            report.counts["samples left out"] += len(result.bad)
+            for text in result.bad:
+                report.problem(text)
+    return report.finish(args.report or args.out / f"encode-report-{args.task_index or 0:05d}.json")

@@ -1,0 +1,189 @@
+"""The feature cache holds what training would have computed, whole, and says what it lacks."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from data_tools.encode import CacheWriter
+from data_tools.work import my_share
+from ipa_train.data.batch import Features
+from ipa_train.data.cache import encoders_identity
+from ipa_train.data.datamodule import StreamingDataModule
+from ipa_train.errors import ConfigError, DataError
+from tests.data.conftest import write_shards
+
+SIZES = [(48, 40), (40, 64), (64, 40), (24, 72)]
+BUCKETS = {"bucket_step": 8, "max_aspect_ratio": 4.0, "min_bucket_rate": 0.0}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("pictures"), (13, 8, 11), sizes=SIZES)
+
+
+@pytest.fixture
+def identity(base, image_encoder):
+    return encoders_identity(base.vae.identity(), image_encoder.identity(), "pooled")
+
+
+@pytest.fixture
+def make_data(image_encoder, identity):
+    def make(shards, **options):
+        defaults = {"global_batch_size": 4, "resolution": 32, "encoders": identity, "num_workers": 0}
+        options = defaults | {"image_prompt_size": image_encoder.image_size} | options
+        return StreamingDataModule(shards=str(shards), **options)
+
+    return make
+
+
+@pytest.fixture
+def make_writer(base, image_encoder, make_data):
+    def make(shards, out, *, writer_options=None, **options):
+        def encode(pictures):
+            return base.vae.encode(pictures.pixels), image_encoder.encode(pictures.image_prompts, "pooled")
+
+        precision = {"vae": "float32", "image_encoder": "float32"}
+        options = {"out": out, "precision": precision, "batch_size": 3} | (writer_options or {})
+        return CacheWriter(make_data(shards, **data_options(options)), encode, **options)
+
+    def data_options(options):
+        return {name: options.pop(name) for name in list(options) if name in BUCKETS or name == "num_workers"}
+
+    return lambda shards, out, **options: make(shards, out, writer_options=options)
+
+
+def batches(data, steps):
+    loader = iter(data.loader())
+    return [next(loader).batch for _ in range(steps)]
+
+
+@pytest.mark.parametrize("options", [{}, BUCKETS])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cache_gives_what_the_encoders_give(
+    pictures, tmp_path, make_writer, make_data, base, image_encoder, options, workers
+):
+    """The same samples in the same order, mirrored alike, equal to the rounding of fp16."""
+    writer = make_writer(pictures, tmp_path / "cache", flip=True, num_workers=workers, **options)
+    results = list(writer.run(range(3)))
+    assert [result.num_samples for result in results] == [13, 8, 11]
+    assert not any(result.bad for result in results)
+    online = batches(make_data(pictures, flip_rate=0.5, **options), 12)
+    cached = batches(make_data(tmp_path / "cache", flip_rate=0.5, **options), 12)
+    assert len({batch.content.pixels.shape for batch in online}) == (4 if options else 1)
+    for on, off in zip(online, cached, strict=True):
+        assert (on.captions, on.positions.tolist()) == (off.captions, off.positions.tolist())
+        for name in ("original_sizes", "crop_top_lefts", "target_sizes"):
+            assert torch.equal(getattr(on, name), getattr(off, name))
+        posterior = base.vae.encode(on.content.pixels)
+        assert isinstance(off.content, Features)
+        tolerance = {"rtol": 2e-3, "atol": 2e-3}
+        torch.testing.assert_close(off.content.latents_mean.float(), posterior.mean, **tolerance)
+        torch.testing.assert_close(off.content.latents_std.float(), posterior.std, **tolerance)
+        features = image_encoder.encode(on.content.image_prompts, "pooled")
+        torch.testing.assert_close(off.content.image_features.float(), features, **tolerance)
+
+
+def test_an_unfinished_or_foreign_cache_is_refused_by_name(pictures, tmp_path, make_writer, make_data, identity):
+    cache = tmp_path / "cache"
+    writer = make_writer(pictures, cache)
+    list(writer.run([0, 2]))
+    with pytest.raises(DataError, match="shard 00001 is not encoded yet; run ipa data encode again"):
+        _ = make_data(cache).stream
+    list(writer.run([1]))
+    assert len(batches(make_data(cache), 2)) == 2
+    other = identity | {"image_encoder_sha256": "of another encoder"}
+    with pytest.raises(ConfigError, match=r"other encoders.*image_encoder_sha256 was .*, now of another"):
+        _ = make_data(cache, encoders=other).stream
+    with pytest.raises(ConfigError, match=r"other encoders.*feature_kind was pooled, now penultimate"):
+        _ = make_data(cache, encoders=identity | {"feature_kind": "penultimate"}).stream
+    with pytest.raises(ConfigError, match=r"data\.resolution=64, but .* was encoded with resolution=32"):
+        _ = make_data(cache, resolution=64).stream
+    with pytest.raises(ConfigError, match="holds no flipped features: encode with --flip"):
+        _ = make_data(cache, flip_rate=0.5).stream
+    with pytest.raises(ConfigError, match="cached features are of centre crops"):
+        _ = make_data(cache, crop="random").stream
+    with pytest.raises(ConfigError, match="holds a cache of another kind: latents_std was True, now False"):
+        list(make_writer(pictures, cache, latents_std=False).run([0]))
+    with pytest.raises(ConfigError, match="holds features already"):
+        make_writer(cache, tmp_path / "again")
+    description = json.loads((cache / "cache.json").read_text())
+    (cache / "cache.json").write_text(json.dumps(description | {"resolution": 64}))
+    with pytest.raises(ConfigError, match="its fingerprint is not that of its content"):
+        _ = make_data(cache).stream
+
+
+def test_without_std_latents_are_the_means(pictures, tmp_path, make_writer, make_data):
+    list(make_writer(pictures, tmp_path / "cache", latents_std=False).run(range(3)))
+    assert batches(make_data(tmp_path / "cache"), 1)[0].content.latents_std is None
+
+
+def test_what_cannot_be_encoded_is_named_and_left_out(tmp_path, make_writer, make_data):
+    writer = make_writer(write_shards(tmp_path / "pictures", (6, 5, 4)), tmp_path / "cache", flip=True)
+    for shard, damaged in ((0, [2]), (2, range(4))):
+        rows = writer.shards[shard].rows()
+        with writer.shards[shard].path.open("r+b") as file:
+            for row in damaged:
+                file.seek(int(rows[row]["offset"]) + int(rows[row]["content_start"]))
+                file.write(bytes(64))
+    first, nothing, second = writer.run([0, 2, 1])
+    assert (first.num_samples, second.num_samples) == (5, 5)
+    assert "00002.tar: none of its samples can be encoded; first 000020000: cannot decode" in str(nothing)
+    assert writer.done(2) is None
+    assert [text.split(":")[0] for text in first.bad] == ["000000002"]
+    assert writer.done(0) == first
+    with pytest.raises(DataError, match="shard 00002 is not encoded yet"):
+        _ = make_data(tmp_path / "cache").stream
+
+
+def test_features_that_fp16_cannot_hold_are_left_out(tmp_path, make_writer, base):
+    writer = make_writer(write_shards(tmp_path / "pictures", (3,)), tmp_path / "cache")
+    base.vae.model.register_to_config(scaling_factor=1e9)
+    (result,) = writer.run([0])
+    assert isinstance(result, DataError)
+    assert "its features are not finite in fp16" in str(result)
+
+
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_cache(pictures, tmp_path, make_writer):
+    def encode(out):
+        writer = make_writer(pictures, out)
+        list(writer.run([shard for shard in range(3) if writer.done(shard) is None]))
+
+    encode(tmp_path / "whole")
+    for delay in (0.0, 0.02, 0.05, 0.1):
+        process = multiprocessing.get_context("fork").Process(target=encode, args=(tmp_path / "killed",))
+        process.start()
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    encode(tmp_path / "killed")
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "killed" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_several_processes_share_the_shards(monkeypatch):
+    def share(**given):
+        return list(my_share(range(7), argparse.Namespace(**{"task_index": None, "num_tasks": None} | given)))
+
+    assert share() == list(range(7))
+    assert sorted(share(task_index=0, num_tasks=2) + share(task_index=1, num_tasks=2)) == list(range(7))
+    with pytest.raises(ConfigError, match="--task-index 2 must be from 0 to 1"):
+        share(task_index=2, num_tasks=2)
+    with pytest.raises(ConfigError, match="belong together"):
+        share(task_index=2)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert share() == [1, 3, 5]
+    found = []
+    for array_id in (3, 4, 5):
+        for name, value in (("ID", array_id), ("MIN", 3), ("COUNT", 3)):
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+        for process in (0, 1):
+            monkeypatch.setenv("SLURM_PROCID", str(process))
+            found += share()
+    assert sorted(found) == list(range(7))
