@@ -58,6 +58,7 @@ class StreamingDataModule(lightning.LightningDataModule):
         num_lanes: int = 8,
         window_size: int = 20_000,
         max_bad_rate: float = 0.001,
+        on_missing_shard: str = "stop",
         max_pixels: int = 50_000_000,
         max_member_bytes: int = 64 * 2**20,
         allow_missing_stats: bool = False,
@@ -89,14 +90,15 @@ class StreamingDataModule(lightning.LightningDataModule):
         self.global_batch_size, self.batch_size = global_batch_size, batch_size
         self.num_workers, self.prefetch_factor, self.seed = num_workers, prefetch_factor, seed
         self.num_lanes, self.window_size = num_lanes, window_size
-        self.max_bad_rate, self.max_member_bytes = max_bad_rate, max_member_bytes
+        self.max_bad_rate, self.on_missing_shard = max_bad_rate, on_missing_shard
+        self.max_member_bytes = max_member_bytes
         self.allow_missing_stats, self.allow_index_change = allow_missing_stats, allow_index_change
         self.index_dir = None if index_dir is None else Path(index_dir)
         self.bad_samples_dir = None if bad_samples_dir is None else Path(bad_samples_dir)
         self.encoders = encoders
         self._start_positions: np.ndarray | None = None
         self._start_step = 0
-        self.budget = ErrorBudget(max_bad_rate=max_bad_rate)
+        self.budget = self._make_budget(None)
 
     def prepare_data(self) -> None:
         """Index the shards, once per node."""
@@ -186,7 +188,10 @@ class StreamingDataModule(lightning.LightningDataModule):
         path = None
         if self.bad_samples_dir is not None:
             path = self.bad_samples_dir / f"bad_samples-rank{self.trainer.global_rank:04d}.jsonl"
-        self.budget = ErrorBudget(max_bad_rate=self.max_bad_rate, log_path=path)
+        self.budget = self._make_budget(path)
+
+    def _make_budget(self, log_path: Path | None) -> ErrorBudget:
+        return ErrorBudget(max_bad_rate=self.max_bad_rate, on_missing_shard=self.on_missing_shard, log_path=log_path)
 
     def accumulate_grad_batches(self, world_size: int) -> int:
         """Micro-batches per optimizer step on each of ``world_size`` ranks; ConfigError if the sizes do not divide."""
@@ -231,7 +236,7 @@ class StreamingDataModule(lightning.LightningDataModule):
         return StreamDataset(stream.plans, stream.loader)[Places(bucket, positions, positions)].batch
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Take out the report of bad samples, and stop when there are too many."""
+        """Note the bad samples, and hand on the batch alone."""
         if not isinstance(batch, LoadedBatch):
             return batch
         self.budget.record(batch.num_samples, batch.bad)
@@ -265,6 +270,18 @@ class StreamingDataModule(lightning.LightningDataModule):
             "weights": self.weights,
             "buckets": [list(bucket) for bucket in self.stream.buckets],
         }
+
+    def progress(self) -> dict[str, float]:
+        """For the dashboards, alike on all ranks: epochs of each source, and the bad samples of this start."""
+        budget = self.budget
+        metrics = {
+            "data/bad_fraction": budget.num_bad / max(1, budget.num_seen),
+            "data/bad_samples": float(budget.num_bad),
+            "data/bad_shards": float(len(budget.by_shard)),
+        }
+        for name, count in self.stream.consumed(self.positions).items():
+            metrics[f"data/epochs_{name}" if name else "data/epochs"] = count / self.stream.sources[name]
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream; equal on all ranks."""

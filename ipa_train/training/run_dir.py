@@ -57,6 +57,7 @@ MAY_DIFFER = (
     "data.allow_missing_stats",
     # What is tolerated, which one learns when a run has stopped.
     "data.max_bad_rate",
+    "data.on_missing_shard",
     "data.max_pixels",
     "data.max_member_bytes",
 )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.data.index import build_index
 from ipa_train.data.tolerance import BadSample, ErrorBudget
 from ipa_train.errors import ConfigError, DataError
+from ipa_train.runtime.distributed import gather_objects
 from tests.data.conftest import write_shards
 
 
@@ -239,6 +241,7 @@ def test_shards_of_one_name_in_two_folders_are_told_apart(shards, tmp_path):
     loader = iter(data.loader())
     for _ in range(3):
         data.on_before_batch_transfer(next(loader), 0)
+    data.budget.settle(gather_objects)
     assert set(data.budget.by_shard) == {str(other / "00000.tar")}
 
 
@@ -246,23 +249,58 @@ def failure(i, shard="a.tar", shard_size=10_000):
     return BadSample(position=i, shard=shard, shard_size=shard_size, row=i, key=str(i), error="cannot decode: x")
 
 
+def note(budgets, *batches):
+    """Let each budget note its batch, and all of them exchange what they know; return what each says."""
+    news = []
+    for budget, (num_samples, bad) in zip(budgets, batches, strict=True):
+        budget.record(num_samples, bad)
+        news.append((num_samples, bad))
+    verdicts = []
+    for budget in budgets:
+        try:
+            verdicts.append(budget.settle(lambda _: news))
+        except DataError as error:
+            verdicts.append(str(error))
+    return verdicts
+
+
 def test_the_budget_stops_the_run_and_names_the_worst_shards(tmp_path):
     log = tmp_path / "bad.jsonl"
     budget = ErrorBudget(max_bad_rate=0.01, window=1000, log_path=log)
-    budget.record(500, [failure(i) for i in range(9)])
-    budget.record(300, [failure(99, "b.tar")])
-    with pytest.raises(DataError, match=r"11 of the last 1000 samples are bad.*a\.tar \(10\), b\.tar \(1\)"):
-        budget.record(200, [failure(100)])
+    assert note([budget], (500, [failure(i) for i in range(9)])) == [None]
+    assert note([budget], (300, [failure(99, "b.tar")])) == [None]
+    (verdict,) = note([budget], (200, [failure(100)]))
+    assert re.search(r"11 of the last 1000 samples are bad.*a\.tar \(10\), b\.tar \(1\)", verdict)
     assert [json.loads(line)["position"] for line in log.read_text().splitlines()] == [*range(9), 99, 100]
+
+
+def test_ranks_share_one_budget_and_one_verdict():
+    ranks = [ErrorBudget(max_bad_rate=0.01, window=1000) for _ in range(4)]
+    assert note(ranks, *[(100, [failure(i)]) for i in range(4)]) == [None] * 4
+    assert {rank.num_seen for rank in ranks} == {400}
+    first, *others = note(ranks, (100, []), (100, []), (100, [failure(i, "b.tar") for i in range(7)]), (100, []))
+    assert "11 of the last 800 samples are bad" in first
+    assert others == [first] * 3
+
+
+def test_a_broken_shard_is_noticed_though_no_rank_meets_half_of_it():
+    shard = [failure(i, "c.tar", 10) for i in range(6)]
+    ranks = [ErrorBudget(max_bad_rate=1.0) for _ in range(2)]
+    first, second = note(ranks, (100, shard[:3]), (100, shard[3:]))
+    assert first == second
+    assert "more than half of c.tar is bad" in first
+    tolerant = ErrorBudget(max_bad_rate=1.0, on_missing_shard="redraw")
+    assert note([tolerant], (100, shard)) == [None]
+    with pytest.raises(ConfigError, match="Did you mean 'redraw'"):
+        ErrorBudget(on_missing_shard="redrow")
 
 
 def test_old_failures_leave_the_window_but_a_broken_shard_does_not_pass():
     budget = ErrorBudget(max_bad_rate=0.02, window=1000)
     for _ in range(30):
-        budget.record(1000, [failure(i) for i in range(9)])
+        assert note([budget], (1000, [failure(i) for i in range(9)])) == [None]
     assert budget.num_bad == 270
-    with pytest.raises(DataError, match=r"more than half of c\.tar is bad"):
-        budget.record(1, [failure(i, "c.tar", 5) for i in range(3)])
+    assert "more than half of c.tar is bad" in note([budget], (1, [failure(i, "c.tar", 5) for i in range(3)]))[0]
 
 
 def test_sizes_are_checked(shards):

@@ -1,7 +1,10 @@
 """A user's mistake: one clear line, exit status 2, and nothing half-written."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -116,3 +119,20 @@ def test_other_verbs(refused, tiny_models, tmp_path, capfd):
     assert "no picture that can be read" in refused(sample)
     assert main(["trian"]) == 2
     assert "no verb 'trian'. Did you mean 'train'" in capfd.readouterr().err
+
+
+def test_every_rank_stops_with_the_same_words(train_command, tmp_path):
+    """Bad samples that one rank meets are everyone's: no rank is left waiting, and none ends in a traceback."""
+    samples = {f"{i:04d}": {"jpg": encode(picture(i)), "txt": "good"} for i in range(40)}
+    samples |= {f"{i:04d}": {"jpg": b"\xff\xd8 no picture", "txt": "bad"} for i in range(3)}
+    write_shard(tmp_path / "shards", 0, samples)
+    options = [f"data.shards={tmp_path / 'shards'}", "data.max_bad_rate=0.00001", "trainer.max_steps=100"]
+    options += ["trainer.devices=2", "trainer.strategy=ddp"]
+    command = [sys.executable, "-m", "ipa_train.cli.main", *train_command("ranks", *options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    (first,) = re.findall(r"^ipa train: (.*)$", done.stderr, re.MULTILINE)
+    (second,) = re.findall(r"^ipa train \(rank 1\): (.*)$", done.stderr, re.MULTILINE)
+    assert first == second
+    assert re.search(r"\d of the last \d+ samples are bad .*worst shards: .*00000\.tar \(\d\)", first)

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from ipa_train.data.batch import Batch
 from ipa_train.data.datamodule import StreamingDataModule
-from ipa_train.runtime.distributed import sum_over_ranks
+from ipa_train.runtime.distributed import gather_objects, sum_over_ranks
 from ipa_train.training.csv_log import CSVLog
 from ipa_train.training.metrics import RunningMeans
 from ipa_train.training.status_line import StatusLine
@@ -67,11 +67,11 @@ class MetricLogging(Callback):
         means.add("perf/images_per_second", float(num_images * trainer.world_size), seconds)
         means.add("perf/data_wait_fraction", waited_seconds, seconds)
         means.add("perf/peak_memory_gib", peak_memory_gib(module.device))
-        if isinstance(trainer.datamodule, StreamingDataModule):
-            budget = trainer.datamodule.budget  # since the process began
-            means.add("data/bad_fraction", budget.num_bad, budget.num_seen)
         metrics = means.compute_and_reset(sum_over_ranks)
         metrics["train/lr"] = self._lr
+        if isinstance(trainer.datamodule, StreamingDataModule):
+            trainer.datamodule.budget.settle(gather_objects)
+            metrics |= trainer.datamodule.progress()
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
