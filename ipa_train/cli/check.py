@@ -10,6 +10,7 @@ import argparse
 import resource
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 from omegaconf import DictConfig
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
         "shards",
         f"{int(data.index.counts.sum()):,} samples in {len(data.index.shards):,} shards; {incomplete:,} left out",
     )
+    for line in _describe_stream(data):
+        _say("shards", line)
     trainer = build_trainer(config, data)
     accumulate = trainer.accumulate_grad_batches
     share = data.global_batch_size // trainer.world_size // accumulate
@@ -54,6 +57,17 @@ def run(args: argparse.Namespace) -> int:
         _say("result", f"{verdict.loader}: {'will load it' if verdict.ok else '; '.join(verdict.reasons)}")
     _say("", "all good")
     return 0
+
+
+def _describe_stream(data: StreamingDataModule) -> Iterator[str]:
+    """How often each source and bucket comes, where there are several."""
+    stream = data.stream
+    if data.weights is not None:
+        for name, size in stream.sources.items():
+            yield f"{name}: {size:,} samples, {data.weights[name] / sum(data.weights.values()):.1%} of what is seen"
+    if len(stream.buckets) > 1:
+        for (height, width), share in zip(stream.buckets, stream.shares, strict=True):
+            yield f"{height}x{width} (height x width): {share:.1%} of the batches"
 
 
 def _run_one_batch(config: DictConfig, module: AdapterTraining, data: StreamingDataModule, num_samples: int) -> None:

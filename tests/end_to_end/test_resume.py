@@ -1,5 +1,6 @@
 """The same command again goes on exactly where the run stopped, however it stopped."""
 
+import csv
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from ipa_train.cli.main import main
 from ipa_train.training.checkpoint import list_checkpoints, step_of
+from tests.data.conftest import write_shards
 from tests.end_to_end.conftest import forked, loss_curve
 
 
@@ -46,6 +48,28 @@ def test_resumed_with_micro_batches_it_takes_the_same_steps(train_command, tmp_p
     assert whole.keys() == parts.keys()
     for step, loss in whole.items():
         assert float(parts[step]) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_buckets_and_mixed_sources_resume_bit_equal(train_command, tmp_path, capsys):
+    """Stopped between batches of several shapes from two weighted sources; resumed with other workers."""
+    sizes = [(64, 64), (64, 128), (128, 64)]
+    sources = {name: write_shards(tmp_path / name, (16, 9), sizes=sizes) for name in ("a", "b")}
+    options = [f"data.shards={{a: {sources['a']}, b: {sources['b']}}}", "data.weights={a: 0.7, b: 0.3}"]
+    options += ["data.resolution=64", "data.bucket_step=8", "data.min_bucket_rate=0", "data.crop=random"]
+    assert main(train_command("whole", *options, "trainer.max_steps=7")) == 0
+    for steps, workers in ((3, 2), (4, 0), (7, 1)):
+        assert main(train_command("parts", *options, f"trainer.max_steps={steps}", f"data.num_workers={workers}")) == 0
+    assert loss_curve(tmp_path / "parts") == loss_curve(tmp_path / "whole")
+    whole, parts = adapter_weights(tmp_path / "whole"), adapter_weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    with (tmp_path / "whole" / "metrics.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    assert float(last["data/epochs_a"]) == pytest.approx(0.7 * 7 * 4 / 25, abs=1 / 25)
+    assert float(last["data/epochs_b"]) == pytest.approx(0.3 * 7 * 4 / 25, abs=1 / 25)
+    assert main(["check", *train_command("checked", *options)[1:]]) == 0
+    shown = capsys.readouterr().out
+    assert "a: 25 samples, 70.0% of what is seen" in shown
+    assert "64x64 (height x width): 3" in shown
 
 
 def test_two_processes_equal_one(train_command, tmp_path, uninterrupted):
