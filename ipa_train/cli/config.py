@@ -13,6 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from ipa_train.cli.binding import check_targets
 from ipa_train.errors import ConfigError, did_you_mean
 
+_RANGE = r"\{\d+\.\.\d+\}"
+_PART = r"(?:[^,\[\]{}:]|:(?! ))"  # of a path or URL that may stand in a list or behind a name in a dictionary
+_PATH_WITH_RANGE = re.compile(rf"(?! )(?:{_PART}*{_RANGE})+{_PART}*")
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -57,7 +60,7 @@ def _quote_ranges(override: str) -> str:
     key, equals, value = override.partition("=")
     if "'" in value or '"' in value:
         return override
-    return key + equals + re.sub(r"[^,\[\]]*\{\d+\.\.\d+\}[^,\[\]]*", r"'\g<0>'", value)
+    return key + equals + _PATH_WITH_RANGE.sub(r"'\g<0>'", value)
 
 
 def _check_run(config: DictConfig) -> None:

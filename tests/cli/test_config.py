@@ -105,6 +105,12 @@ def test_what_must_be_set_is_named():
         ("'/data/{00000..41000}.tar'", "/data/{00000..41000}.tar"),
         ("/my data/{0..9}/{00..99}.tar", "/my data/{0..9}/{00..99}.tar"),
         ("[/a/{0..1}.tar,/b/*.tar]", ["/a/{0..1}.tar", "/b/*.tar"]),
+        ("[/a/{0..1}.tar, /b/*.tar]", ["/a/{0..1}.tar", "/b/*.tar"]),
+        (
+            "{a: /x/{0..1}.tar, b: [/y, s3://z/{00..99}.tar]}",
+            {"a": "/x/{0..1}.tar", "b": ["/y", "s3://z/{00..99}.tar"]},
+        ),
+        ("https://host:8080/{0..9}.tar", "https://host:8080/{0..9}.tar"),
     ],
 )
 def test_ranges_of_shards_need_no_second_quotes(typed, value):

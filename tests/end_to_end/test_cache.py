@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ipa_train.cli.main import main
-from tests.end_to_end.conftest import loss_curve
+from tests.end_to_end.conftest import forked, loss_curve
 
 
 @pytest.fixture
@@ -13,10 +13,14 @@ def cached(train_command, tmp_path):
     """A function from overrides to `ipa data encode` of the shards; returns its exit status and the cache."""
 
     def encode(*options):
-        overrides = [o for o in train_command("unused")[1:] if not o.startswith("run.")]
-        return main(["data", "encode", *overrides, "--out", str(tmp_path / "cache"), *options]), tmp_path / "cache"
+        return main(encode_command(train_command, tmp_path / "cache", *options)), tmp_path / "cache"
 
     return encode
+
+
+def encode_command(train_command, cache, *options):
+    overrides = [o for o in train_command("unused")[1:] if not o.startswith("run.")]
+    return ["data", "encode", *overrides, "--out", str(cache), *options]
 
 
 @pytest.mark.parametrize("adapter", ["linear", "plus"])
@@ -57,6 +61,20 @@ def test_the_same_command_again_does_only_what_is_missing(cached, capsys):
     changed = [path.name for path in before if path.stat().st_mtime_ns != before[path]]
     assert changed == ["00001-32x32.tar"]
     assert json.loads((cache / "encode-report-00000.json").read_text())["ok"]
+
+
+def test_processes_that_know_nothing_of_each_other_make_one_cache(train_command, tmp_path, cached):
+    processes = [
+        forked(encode_command(train_command, tmp_path / "shared", "--task-index", str(i), "--num-tasks", "2"))
+        for i in range(2)
+    ]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    _, alone = cached()
+    for path in alone.glob("*.tar"):
+        assert (tmp_path / "shared" / path.name).read_bytes() == path.read_bytes()
+    assert (tmp_path / "shared" / "cache.json").read_bytes() == (alone / "cache.json").read_bytes()
 
 
 def test_another_encoder_or_adapter_is_refused_in_one_line(train_command, tmp_path, cached, capfd):
