@@ -23,6 +23,7 @@ from ipa_train.runtime.files import atomic_write
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 _MAX_SHOWN = 5
+_NO_ARRAY = {"ID": 0, "MIN": 0, "STEP": 1, "COUNT": 1}
 EXIT_PROBLEMS = 1
 """The work is done, but its result is not to be trusted blindly: the report names what is wrong."""
 
@@ -31,6 +32,26 @@ def add_work_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what every tool takes."""
     parser.add_argument("--workers", type=int, help="processes; default: one per core")
     parser.add_argument("--report", type=Path, help="where to write the JSON report, if not beside the output")
+
+
+def add_share_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how machines share the work; in a Slurm job array nothing need be said."""
+    array = {name: int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", value)) for name, value in _NO_ARRAY.items()}
+    index = (array["ID"] - array["MIN"]) // array["STEP"]
+    parser.add_argument("--num-tasks", type=int, default=array["COUNT"], help="machines that share the work")
+    parser.add_argument("--task-index", type=int, default=index, help="which of them this is, from 0")
+
+
+def my_share(tasks: Sequence[Task], args: argparse.Namespace) -> Sequence[Task]:
+    """The tasks of this machine: neighbours, which read the same sources.
+
+    Raises:
+        ConfigError: ``--task-index`` is not one of ``--num-tasks``.
+    """
+    index, count = args.task_index, args.num_tasks
+    if not 0 <= index < count:
+        raise ConfigError(f"--task-index={index} must be from 0 to --num-tasks - 1 = {count - 1}.")
+    return tasks[len(tasks) * index // count : len(tasks) * (index + 1) // count]
 
 
 def run_tasks(

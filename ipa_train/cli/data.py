@@ -8,6 +8,7 @@ import importlib
 
 TOOLS = {
     "index": "find every sample, and every fault of the files",
+    "reshard": "rewrite shards for cheaper training: resized, shuffled, by aspect bucket",
 }
 
 
