@@ -24,6 +24,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 _MAX_SHOWN = 5
 _PLACES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+_NO_ARRAY = {"ID": 0, "MIN": 0, "STEP": 1, "COUNT": 1}
 EXIT_PROBLEMS = 1
 """The work is done, but its result is not to be trusted blindly: the report names what is wrong."""
 
@@ -35,32 +36,34 @@ def add_work_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_share_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what a tool takes whose tasks several machines may share."""
-    parser.add_argument("--task-index", type=int, help="from 0; default: that of srun, torchrun or a Slurm array")
-    parser.add_argument("--num-tasks", type=int, help="processes that share the work; default: those of the same")
+    """Declare how processes share the work; under torchrun, srun and in a Slurm job array nothing need be said."""
+    index, count = _place()
+    parser.add_argument("--num-tasks", type=int, default=count, help="processes that share the work")
+    parser.add_argument("--task-index", type=int, default=index, help="which of them this is, from 0")
 
 
 def my_share(tasks: Sequence[Task], args: argparse.Namespace) -> Sequence[Task]:
-    """This process's tasks, every ``num_tasks``-th; all of them where nothing says that there are others.
-
-    Sets ``args.task_index`` and ``args.num_tasks`` to what holds. A Slurm array of jobs of several processes counts as
-    so many tasks.
+    """The tasks of this process: neighbours, which read the same sources.
 
     Raises:
-        ConfigError: an index outside 0..num_tasks-1.
+        ConfigError: ``--task-index`` is not one of ``--num-tasks``.
     """
-    if (args.task_index is None) != (args.num_tasks is None):
-        raise ConfigError("--task-index and --num-tasks belong together: give both, or neither.")
-    if args.task_index is None:
-        known = [pair for pair in _PLACES if all(name in os.environ for name in pair)]
-        index, count = (int(os.environ[name]) for name in known[0]) if known else (0, 1)
-        if "SLURM_ARRAY_TASK_ID" in os.environ:
-            job = int(os.environ["SLURM_ARRAY_TASK_ID"]) - int(os.environ["SLURM_ARRAY_TASK_MIN"])
-            index, count = job * count + index, int(os.environ["SLURM_ARRAY_TASK_COUNT"]) * count
-        args.task_index, args.num_tasks = index, count
-    if not 0 <= args.task_index < args.num_tasks:
-        raise ConfigError(f"--task-index {args.task_index} must be from 0 to {args.num_tasks - 1}.")
-    return tasks[args.task_index :: args.num_tasks]
+    index, count = args.task_index, args.num_tasks
+    if not 0 <= index < count:
+        raise ConfigError(f"--task-index={index} must be from 0 to --num-tasks - 1 = {count - 1}.")
+    return tasks[len(tasks) * index // count : len(tasks) * (index + 1) // count]
+
+
+def _place() -> tuple[int, int]:
+    """This process's number and how many there are: of its launcher, times the jobs of an array."""
+    index, count = 0, 1
+    for names in _PLACES:
+        if all(name in os.environ for name in names):
+            index, count = (int(os.environ[name]) for name in names)
+            break
+    array = {name: int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", value)) for name, value in _NO_ARRAY.items()}
+    job = (array["ID"] - array["MIN"]) // array["STEP"]
+    return job * count + index, array["COUNT"] * count
 
 
 def run_tasks(

@@ -1,7 +1,8 @@
 """Errors a user can act on: each message is one line that says what was got, what is allowed, and what to type."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class UserError(Exception):
@@ -33,3 +34,14 @@ def did_you_mean(got: str, allowed: Iterable[str]) -> str:
     allowed = sorted(allowed)
     close = difflib.get_close_matches(got, allowed, n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else f" Allowed: {', '.join(allowed) or 'nothing'}."
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The entries that differ, as ``name was old, now new``."""
+    names = [name for name in old.keys() | new.keys() if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} was {_short(old.get(name))}, now {_short(new.get(name))}" for name in sorted(names))
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

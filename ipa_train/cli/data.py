@@ -8,6 +8,7 @@ import importlib
 
 TOOLS = {
     "index": "find every sample, and every fault of the files",
+    "reshard": "rewrite shards for cheaper training: resized, shuffled, by aspect bucket",
     "encode": "run the frozen encoders once, and train on what they gave",
 }
 _WITH_A_CONFIG = ("encode",)  # composed as for training, and only the command line knows how

@@ -92,4 +92,4 @@ def _encode(writer: CacheWriter, args: argparse.Namespace) -> int:
             report.counts["samples left out"] += len(result.bad)
             for text in result.bad:
                 report.problem(text)
-    return report.finish(args.report or args.out / f"encode-report-{args.task_index or 0:05d}.json")
+    return report.finish(args.report or args.out / f"encode-report-{args.task_index:05d}.json")

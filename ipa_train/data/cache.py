@@ -28,7 +28,7 @@ from ipa_train.data.index import Index
 from ipa_train.data.pictures import check_flip_rate, draw_flips
 from ipa_train.data.reader import ShardReader
 from ipa_train.data.transfer import empty_for_transfer
-from ipa_train.errors import ConfigError, DataError
+from ipa_train.errors import ConfigError, DataError, difference
 from ipa_train.runtime.files import atomic_write
 
 VERSION = 1
@@ -72,7 +72,7 @@ class CacheDescription:
             there = read_description(folder)
             if there != self:
                 raise ConfigError(
-                    f"{folder} holds a cache of another kind: {_difference(asdict(there), asdict(self))}; "
+                    f"{folder} holds a cache of another kind: {difference(asdict(there), asdict(self))}; "
                     "encode into another folder, or delete this one."
                 )
             return
@@ -86,7 +86,7 @@ class CacheDescription:
         if encoders != self.encoders:
             raise ConfigError(
                 f"{folder}: these features were made by other encoders than this run's: "
-                f"{_difference(self.encoders, encoders)}; encode anew (ipa data encode), or use the encoders of then."
+                f"{difference(self.encoders, encoders)}; encode anew (ipa data encode), or use the encoders of then."
             )
         for name, value in options.items():
             if getattr(self, name) != value:
@@ -128,17 +128,6 @@ def read_description(folder: Path) -> CacheDescription:
     if description.fingerprint != fingerprint:
         raise ConfigError(f"{path}: its fingerprint is not that of its content; it was changed, so encode anew.")
     return description
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The entries that differ, as ``name: old, now new``."""
-    names = [name for name in old.keys() | new.keys() if old.get(name) != new.get(name)]
-    return "; ".join(f"{name} was {_short(old.get(name))}, now {_short(new.get(name))}" for name in sorted(names))
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 class _Tensor(NamedTuple):

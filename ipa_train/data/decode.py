@@ -4,9 +4,13 @@ Resizing and cropping are one pass over the crop's own region. The geometry, rou
 released adapters were trained with: ``Resize(shortest side, bilinear)`` and ``CenterCrop`` for the pixels,
 ``CLIPImageProcessor`` (bicubic) on the uncropped picture for the image prompt. Conversion to float and normalisation
 happen on the device.
+
+A JPEG that was made smaller ahead of training (``ipa data reshard``) says in its comment what it was cut from, so that
+SDXL is told the size and crop of the picture that was downloaded.
 """
 
 import io
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -22,6 +26,9 @@ _FORMATS = ("JPEG", "PNG", "WEBP")
 _EXIF_SEARCH_BYTES = 65_536
 _EXIF_ORIENTATION = 0x0112
 _LYING_ORIENTATIONS = (5, 6, 7, 8)  # of EXIF: height and width are exchanged when the picture is put upright
+_COMMENT = "ipa-train original_size={}x{} crop_top_left={},{}"
+_COMMENT_OF_JPEG = re.compile(rb"\xff\xfe.." + _COMMENT.format(*[r"(\d{1,8})"] * 4).encode(), re.DOTALL)
+_COMMENT_SEARCH_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,10 @@ class Placement:
     original_size: tuple[int, int]
     crop_top_left: tuple[int, int]
     """Of the training crop in the resized picture."""
+
+    def comment(self) -> str:
+        """For a JPEG of these very pixels: whoever decodes it is given this placement."""
+        return _COMMENT.format(*self.original_size, *self.crop_top_left)
 
 
 class Decoder:
@@ -68,6 +79,7 @@ class Decoder:
         else:
             down, right = crop_at
             corner = int(down * (resized[0] - size[0] + 1)), int(right * (resized[1] - size[1] + 1))
+        placement = _place_in_original(data, stored, resized, corner)
         pillow = None if resized == stored and image_prompt is None else Image.fromarray(picture)
         if pillow is None or resized == stored:
             top, left = corner
@@ -79,7 +91,19 @@ class Decoder:
             resized = covering_size(stored, size)
             middle = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
             image_prompt[:] = _resize_and_crop(pillow, resized, middle, size, Image.Resampling.BICUBIC)
+        return placement
+
+
+def _place_in_original(
+    data: bytes, stored: tuple[int, int], resized: tuple[int, int], corner: tuple[int, int]
+) -> Placement:
+    """The placement, seen from what the stored picture was cut from, if it says so."""
+    found = _COMMENT_OF_JPEG.search(data, 0, _COMMENT_SEARCH_BYTES)
+    if not found:
         return Placement(stored, corner)
+    height, width, top, left = map(int, found.groups())
+    before = round(top * resized[0] / stored[0]), round(left * resized[1] / stored[1])
+    return Placement((height, width), (before[0] + corner[0], before[1] + corner[1]))
 
 
 def covering_size(stored: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """The feature cache holds what training would have computed, whole, and says what it lacks."""
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from data_tools.encode import CacheWriter
-from data_tools.work import my_share
 from ipa_train.data.batch import Features
 from ipa_train.data.cache import encoders_identity
 from ipa_train.data.datamodule import StreamingDataModule
@@ -164,26 +162,3 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_cache(pictures
     encode(tmp_path / "killed")
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "killed" / path.name).read_bytes() == path.read_bytes(), path.name
-
-
-def test_several_processes_share_the_shards(monkeypatch):
-    def share(**given):
-        return list(my_share(range(7), argparse.Namespace(**{"task_index": None, "num_tasks": None} | given)))
-
-    assert share() == list(range(7))
-    assert sorted(share(task_index=0, num_tasks=2) + share(task_index=1, num_tasks=2)) == list(range(7))
-    with pytest.raises(ConfigError, match="--task-index 2 must be from 0 to 1"):
-        share(task_index=2, num_tasks=2)
-    with pytest.raises(ConfigError, match="belong together"):
-        share(task_index=2)
-    monkeypatch.setenv("SLURM_PROCID", "1")
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    assert share() == [1, 3, 5]
-    found = []
-    for array_id in (3, 4, 5):
-        for name, value in (("ID", array_id), ("MIN", 3), ("COUNT", 3)):
-            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
-        for process in (0, 1):
-            monkeypatch.setenv("SLURM_PROCID", str(process))
-            found += share()
-    assert sorted(found) == list(range(7))

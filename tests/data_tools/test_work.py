@@ -1,12 +1,13 @@
 """Work spread over processes, and the report of it."""
 
+import argparse
 import json
 import os
 from pathlib import Path
 
 import pytest
 
-from data_tools.work import Report, run_tasks
+from data_tools.work import Report, add_share_arguments, my_share, run_tasks
 from ipa_train.errors import ConfigError, DataError
 
 
@@ -52,3 +53,27 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path):
 def test_no_workers_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="--workers must be at least 1, got 0"):
         list(run_tasks(size_of, [tmp_path], description="sizes", workers=0))
+
+
+def test_processes_share_the_tasks_without_being_told(monkeypatch):
+    def share(*given):
+        parser = argparse.ArgumentParser()
+        add_share_arguments(parser)
+        return list(my_share(range(7), parser.parse_args(given)))
+
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert share() == list(range(7))
+    first, second = (share("--task-index", str(i), "--num-tasks", "2") for i in range(2))
+    assert first + second == list(range(7))
+    with pytest.raises(ConfigError, match="--task-index=2 must be from 0 to --num-tasks - 1 = 1"):
+        share("--task-index", "2", "--num-tasks", "2")
+    found = []
+    for array_id in (3, 5, 7):
+        for process in (0, 1):
+            places = {"PROCID": process, "NTASKS": 2, "ARRAY_TASK_ID": array_id}
+            places |= {"ARRAY_TASK_MIN": 3, "ARRAY_TASK_STEP": 2, "ARRAY_TASK_COUNT": 3}
+            for name, value in places.items():
+                monkeypatch.setenv(f"SLURM_{name}", str(value))
+            found += share()
+    assert found == list(range(7))
