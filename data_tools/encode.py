@@ -38,7 +38,7 @@ class EncodedShard:
 
     num_samples: int
     bad: list[str]
-    """``key: reason`` of each sample that is not in the cache."""
+    """``shard/key: reason`` of each sample that is not in the cache."""
 
 
 class CacheWriter:
@@ -169,7 +169,7 @@ class CacheWriter:
             for i, (key, caption) in enumerate(zip(chunk.batch.keys, chunk.batch.captions, strict=True)):
                 tensors = {suffix: {name: values[i] for name, values in f.items()} for suffix, f in features.items()}
                 if not all(value.isfinite().all() for part in tensors.values() for value in part.values()):
-                    bad.append(f"{key}: its features are not finite in fp16")
+                    bad.append(f"{self.shards[chunk.shard].name}/{key}: its features are not finite in fp16")
                     continue
                 members = {suffix: safetensors.torch.save(part) for suffix, part in tensors.items()}
                 yield key, {**members, TEXT_SUFFIX: caption.encode()}
@@ -219,13 +219,14 @@ class _Chunks(Dataset[_Chunk]):
     def _load(self, piece: _Piece, rows: list[int], bad: list[str], *, flipped: bool) -> tuple[Batch, list[int]]:
         size = self.loader.buckets[piece.bucket]
         batch = PictureBatch(self.loader, size, torch.arange(len(rows)), [flipped] * len(rows))
+        reader = self.loader.reader
         captions, keys = [], []
         sound: list[int] = []
         for row in rows:
             try:
                 caption, key = batch.load(len(sound), piece.shard, row)
             except DataError as error:
-                bad.append(f"{self.loader.reader.key(piece.shard, row)}: {error}")
+                bad.append(f"{reader.index.shards[piece.shard].name}/{reader.key(piece.shard, row)}: {error}")
                 continue
             captions.append(caption)
             keys.append(key)

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from data_tools.shard_writer import open_shard, stats_path
-from data_tools.work import Report, add_share_arguments, add_work_arguments, my_share, run_tasks
+from data_tools.work import Report, add_max_bad_rate, add_share_arguments, add_work_arguments, my_share, run_tasks
 from ipa_train.data.decode import Decoder, decode, stored_size
 from ipa_train.data.index import Index, build_index
 from ipa_train.data.pictures import PictureLoader
@@ -211,7 +211,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-size", type=int, default=10_000, help="samples in a new shard")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle")
     parser.add_argument("--max-pixels", type=int, default=50_000_000, help="larger pictures are bad samples")
-    parser.add_argument("--max-bad-rate", type=float, default=0.0, help="exit with 0 in spite of so many bad samples")
+    add_max_bad_rate(parser)
     parser.add_argument("--allow-missing-stats", action="store_true", help="take shards of other writers")
     parser.add_argument("--index-dir", type=Path, help="where to write the source's index, if not beside it")
     add_share_arguments(parser)
@@ -248,9 +248,6 @@ def run(args: argparse.Namespace) -> int:
         bad += [f"{name}: {why}" for name, why in stats["left_out"].items()]
     report.counts["shards"] = len(paths)
     report.counts["of these already there"] = len(places) - len(missing)
-    report.counts["bad samples left out"] = len(bad)
-    report.facts["bad"] = bad
-    if len(bad) > args.max_bad_rate * (report.counts["samples"] + len(bad)):
-        report.problem(f"{len(bad):,} samples are bad, above --max-bad-rate={args.max_bad_rate}; first {bad[0]}")
+    report.left_out(bad, report.counts["samples"], args.max_bad_rate)
     name = "report.json" if args.num_tasks == 1 else f"report-{args.task_index}-of-{args.num_tasks}.json"
     return report.finish(args.report or job.out / name)

@@ -66,6 +66,11 @@ def _place() -> tuple[int, int]:
     return job * count + index, array["COUNT"] * count
 
 
+def add_max_bad_rate(parser: argparse.ArgumentParser) -> None:
+    """Declare what a tool takes that leaves out bad samples; see :meth:`Report.left_out`."""
+    parser.add_argument("--max-bad-rate", type=float, default=0.0, help="exit with 0 in spite of so many bad samples")
+
+
 def run_tasks(
     function: Callable[[Task], Result],
     tasks: Sequence[Task],
@@ -115,6 +120,13 @@ class Report:
     def problem(self, text: str) -> None:
         """Note what makes the result doubtful: it will be in the report, and the exit code will not be 0."""
         self.problems.append(text)
+
+    def left_out(self, bad: Sequence[str], num_samples: int, max_bad_rate: float) -> None:
+        """Name the samples that could not be used beside ``num_samples`` that could; too many are a problem."""
+        self.counts["bad samples left out"] = len(bad)
+        self.facts["bad"] = list(bad)
+        if len(bad) > max_bad_rate * (num_samples + len(bad)):
+            self.problem(f"{len(bad):,} samples are bad, above --max-bad-rate={max_bad_rate}; first {bad[0]}")
 
     def finish(self, path: Path) -> int:
         """Write the report to ``path``, say what came of it, and return the exit code: 0, or 1 if there are problems.

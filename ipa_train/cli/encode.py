@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data_tools.encode import CacheWriter
-from data_tools.work import Report, add_share_arguments, my_share
+from data_tools.work import Report, add_max_bad_rate, add_share_arguments, my_share
 from ipa_train.bases import FrozenVAE, LatentPosterior
 from ipa_train.cli.binding import instantiate, locate
 from ipa_train.cli.config import load_config
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-std", action="store_true", help="leave out the spread of the latents: half the size")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures encoded at a time")
     parser.add_argument("--report", type=Path, help="where to write the JSON report, if not beside the cache")
+    add_max_bad_rate(parser)
     add_share_arguments(parser)
 
 
@@ -75,21 +76,15 @@ def run(args: argparse.Namespace) -> int:
 def _encode(writer: CacheWriter, args: argparse.Namespace) -> int:
     report = Report("encode", cache=str(args.out), fingerprint=writer.description.fingerprint)
     mine = my_share(range(len(writer.shards)), args)
-    missing = []
-    for shard in mine:
-        if (done := writer.done(shard)) is None:
-            missing.append(shard)
-        else:
-            report.counts["shards encoded before"] += 1
-            report.counts["samples encoded before"] += done.num_samples
-    for result in writer.run(missing):
+    before = {shard: writer.done(shard) for shard in mine}
+    done = [result for result in before.values() if result is not None]
+    report.counts["shards encoded before"] = len(done)
+    for result in writer.run([shard for shard in mine if before[shard] is None]):
         if isinstance(result, DataError):
             report.problem(str(result))
-            continue
-        report.counts["shards encoded"] += 1
-        report.counts["samples encoded"] += result.num_samples
-        if result.bad:
-            report.counts["samples left out"] += len(result.bad)
-            for text in result.bad:
-                report.problem(text)
+        else:
+            report.counts["shards encoded"] += 1
+            done.append(result)
+    report.counts["samples"] = sum(result.num_samples for result in done)
+    report.left_out([text for result in done for text in result.bad], report.counts["samples"], args.max_bad_rate)
     return report.finish(args.report or args.out / f"encode-report-{args.task_index:05d}.json")

@@ -131,9 +131,9 @@ def test_what_cannot_be_encoded_is_named_and_left_out(tmp_path, make_writer, mak
                 file.write(bytes(64))
     first, nothing, second = writer.run([0, 2, 1])
     assert (first.num_samples, second.num_samples) == (5, 5)
-    assert "00002.tar: none of its samples can be encoded; first 000020000: cannot decode" in str(nothing)
+    assert "00002.tar: none of its samples can be encoded; first 00002.tar/000020000: cannot decode" in str(nothing)
     assert writer.done(2) is None
-    assert [text.split(":")[0] for text in first.bad] == ["000000002"]
+    assert [text.split(":")[0] for text in first.bad] == ["00000.tar/000000002"]
     assert writer.done(0) == first
     with pytest.raises(DataError, match="shard 00002 is not encoded yet"):
         _ = make_data(tmp_path / "cache").stream

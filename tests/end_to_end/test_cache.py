@@ -53,11 +53,11 @@ def test_a_run_from_the_cache_resumes_bit_equal_and_draws_its_grid(train_command
 def test_the_same_command_again_does_only_what_is_missing(cached, capsys):
     status, cache = cached()
     assert status == 0
-    assert "3 shards encoded, 60 samples encoded" in capsys.readouterr().out
+    assert "0 shards encoded before, 3 shards encoded, 60 samples, 0 bad" in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in cache.glob("*.tar")}
     (cache / "00001.json").unlink()
     assert cached()[0] == 0
-    assert "2 shards encoded before, 40 samples encoded before, 1 shards encoded, 20" in capsys.readouterr().out
+    assert "2 shards encoded before, 1 shards encoded, 60 samples, 0 bad" in capsys.readouterr().out
     changed = [path.name for path in before if path.stat().st_mtime_ns != before[path]]
     assert changed == ["00001-32x32.tar"]
     assert json.loads((cache / "encode-report-00000.json").read_text())["ok"]
