@@ -57,8 +57,8 @@ class Decoder:
         both outputs, so that the prompt stays a picture of the target.
 
         Raises:
-            DataError: not an RGB-convertible JPEG, PNG or WebP, damaged, or of more than ``max_pixels``, as it is stored
-                or (if it is a long strip) resized.
+            DataError: not an RGB-convertible JPEG, PNG or WebP, damaged, or of more than ``max_pixels``: as it is
+                stored, or resized, if it is a long strip.
         """
         picture = decode(data, max_pixels=self.max_pixels)
         stored, size = picture.shape[:2], pixels.shape[:2]
