@@ -113,6 +113,8 @@ class BucketSchedule:
 
     def __init__(self, shares: Float64[ndarray, "buckets"], positions: Int64[ndarray, "buckets"]) -> None:
         self.shares, self.positions = shares, positions.copy()
+        self.position = int(positions.sum())
+        """Samples consumed of all buckets together."""
 
     @staticmethod
     def positions_at(shares: Float64[ndarray, "buckets"], position: int) -> Int64[ndarray, "buckets"]:
@@ -121,11 +123,6 @@ class BucketSchedule:
         positions[np.argmax(shares)] += position - positions.sum()
         return positions
 
-    @property
-    def position(self) -> int:
-        """Samples consumed of all buckets together."""
-        return int(self.positions.sum())
-
     def step(self, global_batch_size: int) -> tuple[int, int, int]:
         """Consume one global batch: its bucket, its first position in the bucket, and in the stream of all buckets."""
         position = self.position
@@ -133,4 +130,5 @@ class BucketSchedule:
         bucket = int(np.argmax(lacking))
         start = int(self.positions[bucket])
         self.positions[bucket] += global_batch_size
+        self.position += global_batch_size
         return bucket, start, position

@@ -232,18 +232,27 @@ class FeatureBatch:
     """A batch of features in the making."""
 
     def __init__(self, loader: FeatureLoader, layout: Layout, size: Bucket, positions: Tensor) -> None:
-        self.loader, self.layout, self.size, self.positions = loader, layout, size, positions
+        self.loader, self.layout = loader, layout
         count = len(positions)
-        self.tensors = {t.name: empty_for_transfer((count, *t.shape), t.dtype) for t in layout.tensors}
-        self._header = np.empty(len(layout.header), np.uint8)
-        self._arrays = [tensor.numpy() for tensor in self.tensors.values()]
+        self.positions, self.target_sizes, *tensors = empty_for_transfer(
+            ((count,), torch.int64),
+            ((count, 2), torch.int64),
+            *(((count, *t.shape), t.dtype) for t in layout.tensors),
+        )
+        self.positions.copy_(positions)
+        self.target_sizes[:] = torch.tensor(size)
+        self.tensors = dict(zip((t.name for t in layout.tensors), tensors, strict=True))
+        self._header = bytearray(len(layout.header))
+        self._buffers = list(zip(*map(_rows, tensors), strict=True))
+        self._num_bytes = len(layout.header) + sum(tensor[0].nbytes for tensor in tensors)
         self._flips = draw_flips(loader.seed, positions, loader.flip_rate)
 
     def load(self, i: int, shard: int, row: int) -> tuple[str, str]:
         """Read a sample into place ``i``; return (caption, key). Raises DataError if it is bad."""
-        buffers = [self._header, *(array[i] for array in self._arrays)]
-        found = self.loader.reader.read_into(shard, row, buffers, flipped=self._flips[i])
-        if self._header.tobytes() != self.layout.header:
+        found = self.loader.reader.read_into(
+            shard, row, (self._header, *self._buffers[i]), num_bytes=self._num_bytes, flipped=self._flips[i]
+        )
+        if self._header != self.layout.header:
             raise DataError("its features are laid out unlike those of its neighbours")
         return found
 
@@ -259,9 +268,15 @@ class FeatureBatch:
             positions=self.positions,
             original_sizes=self.tensors["original_size"],
             crop_top_lefts=self.tensors["crop_top_left"],
-            target_sizes=torch.tensor(self.size).expand(len(captions), 2),
+            target_sizes=self.target_sizes,
             keys=keys,
         )
+
+
+def _rows(tensor: Tensor) -> list[memoryview]:
+    """The memory of each sample of a batch."""
+    whole, length = tensor.view(-1).view(torch.uint8).numpy().data, tensor[0].nbytes
+    return [whole[start : start + length] for start in range(0, len(whole), length)]
 
 
 def shard_name(group: str, bucket: Sequence[int]) -> str:

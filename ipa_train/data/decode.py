@@ -1,9 +1,8 @@
 """Bytes of one stored image -> the training pixels and the image prompt, both uint8.
 
-Resizing and cropping are one pass over the crop's own region. The geometry, rounding included, is that of the tools the
-released adapters were trained with: ``Resize(shortest side, bilinear)`` and ``CenterCrop`` for the pixels,
-``CLIPImageProcessor`` (bicubic) on the uncropped picture for the image prompt. Conversion to float and normalisation
-happen on the device.
+The geometry, rounding included, is that of the tools the released adapters were trained with: ``Resize(shortest side,
+bilinear)`` and ``CenterCrop`` for the pixels, ``CLIPImageProcessor`` (bicubic) on the uncropped picture for the image
+prompt. Conversion to float and normalisation happen on the device.
 
 A JPEG that was made smaller ahead of training (``ipa data reshard``) says in its comment what it was cut from, so that
 SDXL is told the size and crop of the picture that was downloaded.
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
+import torch
+import torch.nn.functional as F
 from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image, ImageOps
@@ -67,30 +68,25 @@ class Decoder:
         both outputs, so that the prompt stays a picture of the target.
 
         Raises:
-            DataError: not an RGB-convertible JPEG, PNG or WebP, damaged, or of more than ``max_pixels``.
+            DataError: not an RGB-convertible JPEG, PNG or WebP, damaged, or of more than ``max_pixels``: as it is
+                stored, or resized, if it is a long strip.
         """
         picture = decode(data, max_pixels=self.max_pixels)
-        if flip:
-            picture = picture[:, ::-1]
         stored, size = picture.shape[:2], pixels.shape[:2]
         resized = covering_size(stored, size)
+        _check_size(*resized, self.max_pixels, "would, resized, have")
         if crop_at is None:  # torchvision rounds half to even here, and CLIPImageProcessor below rounds down
             corner = round((resized[0] - size[0]) / 2), round((resized[1] - size[1]) / 2)
         else:
             down, right = crop_at
             corner = int(down * (resized[0] - size[0] + 1)), int(right * (resized[1] - size[1] + 1))
+        _fill(pixels, picture, resized, corner, flip=flip, mode="bilinear")
         placement = _place_in_original(data, stored, resized, corner)
-        pillow = None if resized == stored and image_prompt is None else Image.fromarray(picture)
-        if pillow is None or resized == stored:
-            top, left = corner
-            pixels[:] = picture[top : top + size[0], left : left + size[1]]
-        else:
-            pixels[:] = _resize_and_crop(pillow, resized, corner, size, Image.Resampling.BILINEAR)
-        if pillow is not None and image_prompt is not None:
+        if image_prompt is not None:
             size = image_prompt.shape[:2]
             resized = covering_size(stored, size)
             middle = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
-            image_prompt[:] = _resize_and_crop(pillow, resized, middle, size, Image.Resampling.BICUBIC)
+            _fill(image_prompt, picture, resized, middle, flip=flip, mode="bicubic")
         return placement
 
 
@@ -172,33 +168,40 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> ndarray:
     with Image.open(io.BytesIO(data), formats=_FORMATS) as header:
         image = Image.fromarray(picture)
         image.info["exif"] = header.info.get("exif", b"")
-    return np.asarray(ImageOps.exif_transpose(image))
+    return np.array(ImageOps.exif_transpose(image))
 
 
 def _decode_other(data: bytes, max_pixels: int) -> ndarray:
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         _check_size(image.height, image.width, max_pixels)
         image.load()
-        return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+        return np.array(_to_rgb(ImageOps.exif_transpose(image)))
 
 
-def _resize_and_crop(
-    image: Image.Image,
+def _fill(
+    out: UInt8[ndarray, "h w c"],
+    picture: ndarray,
     resized: tuple[int, int],
     corner: tuple[int, int],
-    size: tuple[int, int],
-    filter_: Image.Resampling,
-) -> UInt8[ndarray, "h w c"]:
-    """The rectangle of ``size`` at ``corner`` of the picture resized to ``resized``."""
-    rows, columns = image.height / resized[0], image.width / resized[1]
-    box = (corner[1] * columns, corner[0] * rows, (corner[1] + size[1]) * columns, (corner[0] + size[0]) * rows)
-    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-    return np.asarray(image.resize((size[1], size[0]), filter_, box=box))
+    *,
+    flip: bool,
+    mode: str,
+) -> None:
+    """Fill ``out`` with what lies at ``corner`` of the picture that is resized, and then perhaps mirrored."""
+    if resized != picture.shape[:2]:
+        # On bytes torch computes what Pillow does, in the same fixed-point numbers (the results differ by one level in
+        # a few of 1,000 values), but with vector instructions: 2 to 4 times as fast.
+        image = torch.from_numpy(picture).permute(2, 0, 1)[None]
+        picture = F.interpolate(image, resized, mode=mode, antialias=True)[0].permute(1, 2, 0).numpy()
+    if flip:
+        picture = picture[:, ::-1]
+    (top, left), (height, width) = corner, out.shape[:2]
+    out[:] = picture[top : top + height, left : left + width]
 
 
-def _check_size(height: int, width: int, max_pixels: int) -> None:
+def _check_size(height: int, width: int, max_pixels: int, verb: str = "claims") -> None:
     if height * width > max_pixels:
-        raise DataError(f"claims {width} x {height} pixels, above data.max_pixels={max_pixels}")
+        raise DataError(f"{verb} {width} x {height} pixels, above data.max_pixels={max_pixels}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -63,7 +63,7 @@ class Shard:
     rows_path: Path
     entry: ShardEntry
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Base name of the tar."""
         return self.path.name

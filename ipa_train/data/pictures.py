@@ -55,15 +55,21 @@ class PictureBatch:
     """A batch of pictures in the making."""
 
     def __init__(self, loader: PictureLoader, size: Bucket, positions: Tensor, flips: Sequence[bool]) -> None:
-        self.loader, self.positions, self.flips = loader, positions, flips
-        count, prompt_size = len(positions), loader.image_prompt_size
+        self.loader, self.flips, count = loader, flips, len(positions)
+        sides = (count, 2), torch.int64
         # Rows of pixels as decoders write them: no sample is transposed, and convolutions like this order.
-        self.pixels = empty_for_transfer((count, *size, 3), torch.uint8)
-        self.prompts = None
-        if prompt_size is not None:
-            self.prompts = empty_for_transfer((count, prompt_size, prompt_size, 3), torch.uint8)
-        self.original_sizes = torch.empty(count, 2, dtype=torch.int64)
-        self.crop_top_lefts = torch.empty(count, 2, dtype=torch.int64)
+        pictures = [((count, *size, 3), torch.uint8)]
+        if loader.image_prompt_size is not None:
+            pictures.append(((count, loader.image_prompt_size, loader.image_prompt_size, 3), torch.uint8))
+        self.positions, self.original_sizes, self.crop_top_lefts, self.target_sizes, self.pixels, *prompts = (
+            empty_for_transfer(((count,), torch.int64), sides, sides, sides, *pictures)
+        )
+        self.prompts = prompts[0] if prompts else None
+        self._pixels = self.pixels.numpy()
+        self._prompts = None if self.prompts is None else self.prompts.numpy()
+        self._original_sizes, self._crop_top_lefts = self.original_sizes.numpy(), self.crop_top_lefts.numpy()
+        self.positions.copy_(positions)
+        self.target_sizes[:] = torch.tensor(size)
         self.crops = None
         if loader.crop == "random":
             self.crops = Draws(loader.seed, positions).uniform("crop", (2,)).tolist()
@@ -73,13 +79,13 @@ class PictureBatch:
         data, caption, key = self.loader.reader.read(shard, row)
         placement = self.loader.decoder(
             data,
-            pixels=self.pixels[i].numpy(),
-            image_prompt=None if self.prompts is None else self.prompts[i].numpy(),
+            pixels=self._pixels[i],
+            image_prompt=None if self._prompts is None else self._prompts[i],
             crop_at=None if self.crops is None else tuple(self.crops[i]),
             flip=self.flips[i],
         )
-        self.original_sizes[i] = torch.tensor(placement.original_size)
-        self.crop_top_lefts[i] = torch.tensor(placement.crop_top_left)
+        self._original_sizes[i] = placement.original_size
+        self._crop_top_lefts[i] = placement.crop_top_left
         return caption, key
 
     def finish(self, captions: list[str], keys: list[str]) -> Batch:
@@ -92,7 +98,7 @@ class PictureBatch:
             positions=self.positions[:count],
             original_sizes=self.original_sizes[:count],
             crop_top_lefts=self.crop_top_lefts[:count],
-            target_sizes=torch.tensor(self.pixels.shape[1:3]).expand(count, 2),
+            target_sizes=self.target_sizes[:count],
             keys=keys,
         )
 

@@ -57,16 +57,20 @@ class Plan:
         """Return (epoch, shard, row in the shard's index) of each position."""
         epochs, in_epoch = np.divmod(np.asarray(positions, np.int64), self.num_samples)
         offsets, lanes = np.divmod(in_epoch, self.num_lanes)
-        windows = offsets // self.window_size
-        shards, rows = np.empty_like(epochs), np.empty_like(epochs)
-        for key in np.unique(np.stack([epochs, lanes, windows], axis=1), axis=0):
-            epoch, lane, window = (int(k) for k in key)
-            here = (epochs == epoch) & (lanes == lane) & (windows == window)
-            start = int(self._lane_starts[lane]) + window * self.window_size
-            sample = start + self._window(epoch, lane, window)[offsets[here] - window * self.window_size]
-            order, ends = self._shard_order(epoch)
-            place = np.searchsorted(ends, sample, side="right")
-            shards[here], rows[here] = order[place], sample - (ends[place] - self.counts[order[place]])
+        windows, places = np.divmod(offsets, self.window_size)
+        samples = self._lane_starts[lanes] + windows * self.window_size
+        keys = (epochs * (self.num_samples // self.window_size + 1) + windows) * self.num_lanes + lanes
+        for first in _firsts(keys):
+            here = keys == keys[first]
+            window = self._window(int(epochs[first]), int(lanes[first]), int(windows[first]))
+            samples[here] += window[places[here]]
+        shards, rows = np.empty_like(samples), np.empty_like(samples)
+        for first in _firsts(epochs):
+            here = epochs == epochs[first]
+            order, ends = self._shard_order(int(epochs[first]))
+            place = np.searchsorted(ends, samples[here], side="right")
+            shards[here] = order[place]
+            rows[here] = samples[here] - ends[place] + self.counts[shards[here]]
         return epochs, shards, rows
 
     def locate_again(self, position: int, attempt: int) -> tuple[int, int]:
@@ -148,6 +152,11 @@ class Mixture:
         sources, inner = self.split(positions)
         lanes = np.array([plan.num_lanes for plan in self.plans])
         return (np.cumsum(lanes) - lanes)[sources] + inner % lanes[sources]
+
+
+def _firsts(values: Int64[ndarray, "n"]) -> list[int]:
+    """Where each different value is first met."""
+    return np.unique(values, return_index=True)[1].tolist()
 
 
 def _round_to_sum(values: ndarray, total: int) -> Int64[ndarray, "n"]:

@@ -13,7 +13,9 @@ from ipa_train.data.index import Index
 from ipa_train.data.tar import BLOCK
 from ipa_train.errors import DataError
 
-_MAX_OPEN_SHARDS = 128
+_MAX_OPEN_SHARDS = 512
+"""More than the windows of all lanes span, down to shards of 1,000 samples; half of what a process may usually open."""
+_MAX_GAP_BYTES = 2**16
 
 
 @dataclass
@@ -49,34 +51,46 @@ class ShardReader:
             DataError: the shard cannot be read or is shorter than its index says, or the caption is no UTF-8.
         """
         opened = self._shard(shard)
-        offset, length, content_start, content_length, text_start, text_length, *_ = opened.rows[row].item()
+        offset, length, content_start, content_length, text_start, text_length, *_ = opened.rows.item(row)
         data = _pread(opened.descriptor, length, offset)
         content = data[content_start : content_start + content_length]
         caption = _decode_caption(data[text_start : text_start + text_length])
         return content, caption, _key(data[content_start - BLOCK : content_start])
 
-    def read_into(self, shard: int, row: int, buffers: Sequence[ndarray], *, flipped: bool) -> tuple[str, str]:
-        """Read the sample's features straight into ``buffers``, which are as long as they; return (caption, key).
+    def read_into(
+        self, shard: int, row: int, buffers: Sequence[bytearray | memoryview], *, num_bytes: int, flipped: bool
+    ) -> tuple[str, str]:
+        """Read the sample's features straight into ``buffers``, ``num_bytes`` in all; return (caption, key).
+
+        A caption that lies close behind its features, as it does in our own caches, comes with the same system call.
 
         Raises:
             DataError: as :meth:`read`, or the features are of another length, or there are no flipped ones.
         """
         opened = self._shard(shard)
-        offset, _, content_start, content_length, text_start, text_length, flipped_start, *_ = opened.rows[row].item()
+        offset, _, content_start, content_length, text_start, text_length, flipped_start, *_ = opened.rows.item(row)
         start = flipped_start if flipped else content_start
         if not start:
             raise DataError("has no flipped features: encode with --flip, or set data.flip_rate=0")
-        if content_length != sum(buffer.nbytes for buffer in buffers):
+        if content_length != num_bytes:
             raise DataError(f"its features are {content_length} bytes long, unlike those of its neighbours")
-        header = np.empty(BLOCK, np.uint8)
+        header, gap = bytearray(BLOCK), text_start - start - num_bytes
+        is_near = 0 <= gap <= _MAX_GAP_BYTES
+        behind = bytearray(gap + text_length if is_near else 0)
         try:
-            length = os.preadv(opened.descriptor, [header.data, *(b.data for b in buffers)], offset + start - BLOCK)
+            length = os.preadv(opened.descriptor, [header, *buffers, behind], offset + start - BLOCK)
         except OSError as error:
             raise DataError(f"cannot read: {error.strerror}") from error
-        if length != BLOCK + content_length:
-            raise DataError(f"truncated since it was indexed: {max(0, length - BLOCK)} of {content_length} bytes")
-        caption = _decode_caption(_pread(opened.descriptor, text_length, offset + text_start))
-        return caption, _key(header.tobytes())
+        if length < BLOCK + num_bytes:
+            raise _truncated(max(0, length - BLOCK), num_bytes)
+        caption: bytes | bytearray
+        if not is_near:
+            caption = _pread(opened.descriptor, text_length, offset + text_start)
+        elif length == BLOCK + num_bytes + len(behind):
+            caption = behind[gap:]
+        else:
+            raise _truncated(max(0, length - BLOCK - num_bytes - gap), text_length)
+        return _decode_caption(caption), _key(header)
 
     def head(self, shard: int, length: int) -> bytes:
         """The first bytes of the content of the shard's first sample. Raises DataError as :meth:`read` does."""
@@ -95,7 +109,8 @@ class ShardReader:
             return f"row {row}"
 
     def _shard(self, shard: int) -> _OpenShard:
-        if shard not in self._open:
+        opened = self._open.get(shard)
+        if opened is None:
             source = self.index.shards[shard]
             try:
                 rows = source.rows()
@@ -103,13 +118,13 @@ class ShardReader:
                 if self.buckets:
                     numbers = shard_buckets(rows, self.buckets)
                     by_bucket = [np.flatnonzero(numbers == bucket) for bucket in range(len(self.buckets))]
-                self._open[shard] = _OpenShard(os.open(source.path, os.O_RDONLY), rows, by_bucket)
+                opened = self._open[shard] = _OpenShard(os.open(source.path, os.O_RDONLY), rows, by_bucket)
             except OSError as error:
                 raise DataError(f"cannot open: {error.strerror}") from error
             if len(self._open) > _MAX_OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1].descriptor)
         self._open.move_to_end(shard)
-        return self._open[shard]
+        return opened
 
     def __getstate__(self) -> dict[str, object]:
         # Descriptors do not cross to another process.
@@ -126,16 +141,20 @@ def _pread(descriptor: int, length: int, offset: int) -> bytes:
     except OSError as error:
         raise DataError(f"cannot read: {error.strerror}") from error
     if len(data) < length:
-        raise DataError(f"truncated since it was indexed: {len(data)} of {length} bytes")
+        raise _truncated(len(data), length)
     return data
 
 
-def _decode_caption(data: bytes) -> str:
+def _truncated(got: int, length: int) -> DataError:
+    return DataError(f"truncated since it was indexed: {got} of {length} bytes")
+
+
+def _decode_caption(data: bytes | bytearray) -> str:
     try:
         return data.decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise DataError("the caption is not UTF-8") from error
 
 
-def _key(header: bytes) -> str:
+def _key(header: bytes | bytearray) -> str:
     return header[:100].split(b"\0", 1)[0].decode(errors="replace").partition(".")[0]

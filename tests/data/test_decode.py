@@ -193,6 +193,11 @@ def test_a_bomb_is_refused_by_its_header():
         decode_image(bytes(data), max_pixels=50_000_000)
 
 
+def test_a_strip_that_would_be_huge_when_resized_is_refused():
+    with pytest.raises(DataError, match=r"would, resized, have 48000 x 64 pixels, above data\.max_pixels=100000"):
+        Decoder(max_pixels=100_000)(png(Image.new("RGB", (1500, 2))), pixels=np.empty((64, 64, 3), np.uint8))
+
+
 @pytest.mark.parametrize("data", [b"", b"GIF89a", b"\xff\xd8\xff", b"not a picture", b"\xff\xd8" + b"\0" * 600])
 def test_what_is_no_picture_is_an_error(data):
     with pytest.raises(DataError, match="cannot decode"):
