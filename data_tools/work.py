@@ -33,6 +33,13 @@ def add_work_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", type=Path, help="where to write the JSON report, if not beside the output")
 
 
+def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what every tool takes that reads shards where they lie."""
+    parser.add_argument("shards", nargs="+", help="folder, glob, or /data/{00000..00010}.tar")
+    parser.add_argument("--index-dir", type=Path, help="where the index lies, if not beside the shards")
+    parser.add_argument("--allow-missing-stats", action="store_true", help="take shards of other writers")
+
+
 def run_tasks(
     function: Callable[[Task], Result],
     tasks: Sequence[Task],

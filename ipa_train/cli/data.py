@@ -7,6 +7,7 @@ import argparse
 import importlib
 
 TOOLS = {
+    "pack": "pictures and captions of a folder, JSON list or table into shards",
     "index": "find every sample, and every fault of the files",
 }
 
