@@ -16,11 +16,17 @@ class ShardWriter:
     def __init__(self, tar: webdataset.TarWriter) -> None:
         self._tar = tar
         self.num_samples = 0
+        self.left_out: dict[str, list[str]] = {}
+        """What was meant to be a sample but could not be: by kind, which ones, and why."""
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
         """Add a sample: ``{"jpg": ..., "txt": ...}``, by suffix."""
         self._tar.write({"__key__": key, **members})
         self.num_samples += 1
+
+    def leave_out(self, kind: str, what: str) -> None:
+        """Note in the shard's statistics what was left out of it."""
+        self.left_out.setdefault(kind, []).append(what)
 
 
 @contextmanager
@@ -36,7 +42,10 @@ def open_shard(path: Path) -> Iterator[ShardWriter]:
             yield writer
         finally:
             tar.close()
-    stats = {"count": writer.num_samples, "successes": writer.num_samples}
+    num_left_out = sum(map(len, writer.left_out.values()))
+    stats: dict[str, object] = {"count": writer.num_samples + num_left_out, "successes": writer.num_samples}
+    if num_left_out:
+        stats["left_out"] = writer.left_out
     with atomic_write(stats_path(path)) as temporary:
         temporary.write_text(json.dumps(stats))
 
