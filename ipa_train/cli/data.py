@@ -9,6 +9,7 @@ import importlib
 TOOLS = {
     "pack": "pictures and captions of a folder, JSON list or table into shards",
     "index": "find every sample, and every fault of the files",
+    "validate": "read and decode every sample; notice bytes that changed",
 }
 
 

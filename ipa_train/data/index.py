@@ -226,7 +226,7 @@ def index_sound_shards(
             stale.append((path, rows_path, keys))
     if stale:
         for folder in known:
-            _check_writable(folder)
+            make_index_folder(folder)
         task = partial(_index_shard, allow_missing_stats=allow_missing_stats, max_member_bytes=max_member_bytes)
         try:
             for number, result in enumerate(_run(task, stale, num_workers), 1):
@@ -321,14 +321,17 @@ def name_beside(path: Path, *, shared: bool) -> str:
     return f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}" if shared else path.stem
 
 
-def _check_writable(folder: Path) -> None:
+def make_index_folder(folder: Path) -> None:
+    """Make the folder for an index, or raise ConfigError if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
     except OSError:
         writable = False
     if not writable:
-        raise ConfigError(f"cannot write the index to {folder}: set data.index_dir to a folder that can be written.")
+        raise ConfigError(
+            f"cannot write the index to {folder}: set data.index_dir (--index-dir) to a folder that can be written."
+        )
 
 
 def _read_entries(folder: Path) -> dict[str, ShardEntry]:

@@ -83,6 +83,11 @@ def test_lists_and_tables_keep_their_other_columns(photos, tmp_path, suffix):
         assert members["jpg"] == (photos / row["image_file"]).read_bytes()
         assert members["txt"].decode() == row["text"]
         assert float(json.loads(members["json"])["score"]) == row["score"]
+    beside = pq.read_table(out / "00000.parquet").to_pylist()
+    assert [(row["key"], row["caption"], float(row["score"])) for row in beside] == [
+        (key, members["txt"].decode(), float(json.loads(members["json"])["score"]))
+        for key, members in packed(out).items()
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
