@@ -10,6 +10,7 @@ TOOLS = {
     "pack": "pictures and captions of a folder, JSON list or table into shards",
     "index": "find every sample, and every fault of the files",
     "validate": "read and decode every sample; notice bytes that changed",
+    "stats": "sizes, captions and scores of a data set on one page",
 }
 
 
