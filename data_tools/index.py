@@ -36,4 +36,4 @@ def run(args: argparse.Namespace) -> int:
     for error in refused:
         report.problem(str(error))
     folder = args.index_dir or find_shards(args.shards)[0].parent
-    return report.finish(args.report or folder / "report-index.json")
+    return report.finish(args.report or folder / "index-report.json")

@@ -24,7 +24,7 @@ from data_tools.pack_list import PackList, write_list
 from data_tools.pack_shard import REPEATED, PackTask, pack_shard
 from data_tools.pack_sources import find_entries
 from data_tools.shard_writer import stats_path
-from data_tools.work import Report, add_work_arguments, make_output_folder, run_tasks
+from data_tools.work import Report, add_max_bad_rate, add_work_arguments, make_output_folder, run_tasks
 from ipa_train.data.decode import MAX_PIXELS
 from ipa_train.data.scan import IMAGE_SUFFIXES
 from ipa_train.errors import ConfigError, DataError
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caption-suffix", default=".txt", help="of captions beside pictures (%(default)s)")
     parser.add_argument("--shard-size", type=int, default=10_000, help="samples per shard (%(default)s)")
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="larger pictures are left out (%(default)s)")
+    add_max_bad_rate(parser)
     add_work_arguments(parser)
 
 
@@ -91,24 +92,25 @@ def _pack(listed: PackList, args: argparse.Namespace, ignored: Counter[str]) -> 
             report.counts["shards written"] += 1
     report.counts["shards already there"] = len(tasks) - len(missing)
     report.counts["samples"] = 0
-    _report_left_out(report, [stats_path(task.shard) for task in tasks])
+    _report_shards(report, [task.shard for task in tasks], args.max_bad_rate)
     report.counts.update(+ignored)
-    return report.finish(args.report or args.out / "report-pack.json")
+    return report.finish(args.report or args.out / "pack-report.json")
 
 
-def _report_left_out(report: Report, paths: Sequence[Path]) -> None:
+def _report_shards(report: Report, shards: Sequence[Path], max_bad_rate: float) -> None:
     """Count what all shards hold and lack, those of earlier runs too."""
-    left_out: dict[str, list[str]] = {}
-    for path in filter(Path.exists, paths):
-        stats = json.loads(path.read_text())
+    bad = []
+    for shard in shards:
+        if not stats_path(shard).exists():
+            continue
+        stats = json.loads(stats_path(shard).read_text())
         report.counts["samples"] += stats["successes"]
-        for kind, names in stats.get("left_out", {}).items():
-            left_out.setdefault(kind, []).extend(names)
-    report.counts.update({kind: len(names) for kind, names in left_out.items()})
-    report.facts["left_out"] = left_out
-    for kind, names in left_out.items():
-        if kind != REPEATED:
-            report.problem(f"left out: {len(names):,} {kind}, first {names[0]}")
+        for key, why in stats["left_out"].items():
+            kind = why.partition(": ")[0]
+            report.counts[kind] += 1
+            if kind != REPEATED:
+                bad.append(f"{shard.name}/{key}: {why}")
+    report.left_out(bad, report.counts["samples"], max_bad_rate)
 
 
 def _check_same(out: Path, **description: object) -> None:

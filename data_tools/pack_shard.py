@@ -57,14 +57,13 @@ def pack_shard(task: PackTask, *, max_pixels: int) -> None:
                 suffix, data, facts = _read_sample(entry, max_pixels)
             except _LeftOutError as error:
                 name = os.fsencode(entry.path(entry.image or b"")).decode(errors="replace")
-                writer.leave_out(error.kind, f"{name}{error.why and f': {error.why}'}")
+                writer.leave_out(key, f"{error.kind}: {name}{error.why and f': {error.why}'}")
                 continue
             rows.append({**json.loads(entry.columns), "key": key, **facts, "status": "success"})
             text = json.dumps(rows[-1]).encode()
             writer.write(key, {suffix: data, TEXT_SUFFIX: facts["caption"].encode(), "json": text})
         if not rows:
-            kind, names = next(iter(writer.left_out.items()))
-            raise DataError(f"none of its samples can be packed: {kind}: {names[0]}")
+            raise DataError(f"none of its samples can be packed, first {next(iter(writer.left_out.values()))}")
         with atomic_write(task.shard.with_suffix(".parquet")) as temporary:
             pq.write_table(_as_table(rows), temporary)
 

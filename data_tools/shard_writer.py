@@ -16,25 +16,27 @@ class ShardWriter:
     def __init__(self, tar: webdataset.TarWriter) -> None:
         self._tar = tar
         self.num_samples = 0
-        self.left_out: dict[str, list[str]] = {}
-        """What was meant to be a sample but could not be: by kind, which ones, and why."""
+        self.left_out: dict[str, str] = {}
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
         """Add a sample: ``{"jpg": ..., "txt": ...}``, by suffix."""
         self._tar.write({"__key__": key, **members})
         self.num_samples += 1
 
-    def leave_out(self, kind: str, what: str) -> None:
-        """Note in the shard's statistics what was left out of it."""
-        self.left_out.setdefault(kind, []).append(what)
+    def leave_out(self, key: str, why: str) -> None:
+        """Note a sample that should be here and cannot; it is named in the mark of the complete shard."""
+        self.left_out[key] = why
 
 
 @contextmanager
 def open_shard(path: Path) -> Iterator[ShardWriter]:
     """Write the tar ``path``, and then ``NAME_stats.json``, the mark of a complete shard, if the block succeeds.
 
-    The same samples make the same bytes, whoever writes them and when, so that a re-run can be compared.
+    The same samples make the same bytes, whoever writes them and when, so that a re-run can be compared. What killed
+    writers of this very shard have left behind is removed.
     """
+    for leftover in path.parent.glob(f".tmp-{path.name}-*"):
+        leftover.unlink(missing_ok=True)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         tar = webdataset.TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False)
         try:
@@ -42,10 +44,8 @@ def open_shard(path: Path) -> Iterator[ShardWriter]:
             yield writer
         finally:
             tar.close()
-    num_left_out = sum(map(len, writer.left_out.values()))
-    stats: dict[str, object] = {"count": writer.num_samples + num_left_out, "successes": writer.num_samples}
-    if num_left_out:
-        stats["left_out"] = writer.left_out
+    count = writer.num_samples + len(writer.left_out)
+    stats = {"count": count, "successes": writer.num_samples, "left_out": writer.left_out}
     with atomic_write(stats_path(path)) as temporary:
         temporary.write_text(json.dumps(stats))
 

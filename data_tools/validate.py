@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         _write_exclude(folders, bad, sound)
     _report_bad(report, bad, folders)
     _report_repeated(report, sound, args.index_dir)
-    return report.finish(args.report or folders[shards[0]] / "report-validate.json")
+    return report.finish(args.report or folders[shards[0]] / "validate-report.json")
 
 
 def _count(report: Report, found: ShardFindings) -> None:

@@ -23,6 +23,8 @@ from ipa_train.runtime.files import atomic_write
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 _MAX_SHOWN = 5
+_PLACES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+_NO_ARRAY = {"ID": 0, "MIN": 0, "STEP": 1, "COUNT": 1}
 EXIT_PROBLEMS = 1
 """The work is done, but its result is not to be trusted blindly: the report names what is wrong."""
 
@@ -31,6 +33,42 @@ def add_work_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what every tool takes."""
     parser.add_argument("--workers", type=int, help="processes; default: one per core")
     parser.add_argument("--report", type=Path, help="where to write the JSON report, if not beside the output")
+
+
+def add_share_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how processes share the work; under torchrun, srun and in a Slurm job array nothing need be said."""
+    index, count = _place()
+    parser.add_argument("--num-tasks", type=int, default=count, help="processes that share the work")
+    parser.add_argument("--task-index", type=int, default=index, help="which of them this is, from 0")
+
+
+def my_share(tasks: Sequence[Task], args: argparse.Namespace) -> Sequence[Task]:
+    """The tasks of this process: neighbours, which read the same sources.
+
+    Raises:
+        ConfigError: ``--task-index`` is not one of ``--num-tasks``.
+    """
+    index, count = args.task_index, args.num_tasks
+    if not 0 <= index < count:
+        raise ConfigError(f"--task-index={index} must be from 0 to --num-tasks - 1 = {count - 1}.")
+    return tasks[len(tasks) * index // count : len(tasks) * (index + 1) // count]
+
+
+def _place() -> tuple[int, int]:
+    """This process's number and how many there are: of its launcher, times the jobs of an array."""
+    index, count = 0, 1
+    for names in _PLACES:
+        if all(name in os.environ for name in names):
+            index, count = (int(os.environ[name]) for name in names)
+            break
+    array = {name: int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", value)) for name, value in _NO_ARRAY.items()}
+    job = (array["ID"] - array["MIN"]) // array["STEP"]
+    return job * count + index, array["COUNT"] * count
+
+
+def add_max_bad_rate(parser: argparse.ArgumentParser) -> None:
+    """Declare what a tool takes that leaves out bad samples; see :meth:`Report.left_out`."""
+    parser.add_argument("--max-bad-rate", type=float, default=0.0, help="exit with 0 in spite of so many bad samples")
 
 
 def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +142,13 @@ class Report:
     def problem(self, text: str) -> None:
         """Note what makes the result doubtful: it will be in the report, and the exit code will not be 0."""
         self.problems.append(text)
+
+    def left_out(self, bad: Sequence[str], num_samples: int, max_bad_rate: float) -> None:
+        """Name the samples that could not be used beside ``num_samples`` that could; too many are a problem."""
+        self.counts["bad samples left out"] = len(bad)
+        self.facts["bad"] = list(bad)
+        if len(bad) > max_bad_rate * (num_samples + len(bad)):
+            self.problem(f"{len(bad):,} samples are bad, above --max-bad-rate={max_bad_rate}; first {bad[0]}")
 
     def finish(self, path: Path) -> int:
         """Write the report to ``path``, say what came of it, and return the exit code: 0, or 1 if there are problems.

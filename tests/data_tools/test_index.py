@@ -13,7 +13,7 @@ def run(*arguments):
 
 
 def report(folder):
-    return json.loads((folder / "report-index.json").read_text())
+    return json.loads((folder / "index-report.json").read_text())
 
 
 def test_refused_shards_are_problems_and_the_rest_is_indexed(shards):
@@ -43,7 +43,7 @@ def test_what_is_left_out_is_counted_and_no_problem(shards):
 def test_the_report_lies_with_the_index(shards, tmp_path):
     assert run(shards, "--index-dir", tmp_path / "index") == 0
     assert report(tmp_path / "index")["ok"]
-    assert not list(shards.glob("report-*"))
+    assert not list(shards.glob("*-report.json"))
 
 
 @pytest.mark.parametrize("workers", ["0", "-1"])

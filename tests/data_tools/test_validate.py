@@ -23,7 +23,7 @@ def validate(*arguments):
 
 
 def report(folder):
-    return json.loads((folder / "report-validate.json").read_text())
+    return json.loads((folder / "validate-report.json").read_text())
 
 
 def rot(path, *, at):
