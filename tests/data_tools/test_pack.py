@@ -2,7 +2,10 @@
 
 import csv
 import json
+import subprocess
+import sys
 import tarfile
+import time
 from collections import Counter
 
 import pyarrow as pa
@@ -202,3 +205,19 @@ def test_a_worker_reads_its_row_group_alone(photos, tmp_path):
     listed = write_list(tmp_path / "list", iter(entries), shard_size=4)
     assert pq.ParquetFile(listed.path).num_row_groups == 2
     assert read_list(listed.path, 0) + read_list(listed.path, 1) == entries
+
+
+def test_a_killed_run_goes_on_to_the_same_shards(photos, tmp_path):
+    command = [sys.executable, "-m", "ipa_train.cli.main", "data", "pack", str(photos), "--shard-size", "1"]
+    command += ["--workers", "1", "--out"]
+    assert main([*command[3:], str(tmp_path / "whole")]) == 0
+    out = tmp_path / "killed"
+    process = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (out / "00001.tar").exists():
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert main([*command[3:], str(out)]) == 0
+    shards = sorted((tmp_path / "whole").glob("0*"))
+    assert [path.read_bytes() for path in shards] == [(out / path.name).read_bytes() for path in shards]
+    assert not (out / ".pack-list").exists()
