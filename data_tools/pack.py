@@ -1,8 +1,8 @@
 """Pack pictures and captions into shards as img2dataset writes them; pictures are copied byte for byte.
 
-ipa data pack photos/ --out shards/                                       a.jpg with its caption in a.txt, recursive
-ipa data pack data.json --image-root photos/ --out shards/                [{"image_file": "a.jpg", "text": "a cat"}]
-ipa data pack table.parquet --image-column path --caption-column prompt --out shards/                or a .csv
+ipa data pack photos --out shards                                  # a.jpg with its caption in a.txt, recursive
+ipa data pack data.json --image-root photos --out shards           # [{"image_file": "a.jpg", "text": "a cat"}, ...]
+ipa data pack table.parquet --image-column path --caption-column prompt --out shards            # or a .csv
 
 Keys are positions in the list of sources, the same at every run. Every picture is decoded first: what is damaged,
 missing or without a caption is left out and named in the report, as is what comes twice. A re-run writes only the

@@ -1,13 +1,13 @@
 """Read and decode every sample of shards, as strictly as training does, and find keys that come twice.
 
-ipa data validate '/data/laion/{00000..41000}.tar' --write-exclude       leave bad samples out of training
-ipa data validate /data/laion --reread                                   has any byte changed on disk since then?
+ipa data validate '/data/laion/{00000..41000}.tar' --write-exclude       # leave bad samples out of training
+ipa data validate /data/laion --reread                                   # has any byte changed on disk since then?
 
 Checks each shard's tar headers, every picture (or cached features: their layout, and that all numbers are finite),
 captions, and the count in NAME_stats.json. Keeps a CRC-32 of every sample in NAME.crc.npy and its findings in
 NAME.validated.json beside the shard: a re-run reads only shards whose size or time has changed, --reread all of them,
-and says which samples' bytes are others than then. Memory does not grow with the number of samples, but with that of
-bad ones.
+and says which samples' bytes are others than then. So machines may validate a part of the shards each; a last run over
+all reads what they kept. Memory does not grow with the number of samples, but with that of bad ones.
 """
 
 import argparse
