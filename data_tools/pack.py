@@ -22,7 +22,7 @@ import numpy as np
 
 from data_tools.pack_list import PackList, write_list
 from data_tools.pack_shard import REPEATED, PackTask, pack_shard
-from data_tools.pack_sources import find_entries
+from data_tools.pack_sources import MALFORMED_ROWS, find_entries
 from data_tools.shard_writer import stats_path
 from data_tools.work import Report, add_max_bad_rate, add_work_arguments, make_output_folder, run_tasks
 from ipa_train.data.decode import MAX_PIXELS
@@ -94,6 +94,8 @@ def _pack(listed: PackList, args: argparse.Namespace, ignored: Counter[str]) -> 
     report.counts["samples"] = 0
     _report_shards(report, [task.shard for task in tasks], args.max_bad_rate)
     report.counts.update(+ignored)
+    if ignored[MALFORMED_ROWS]:
+        report.problem(f"left out: {ignored[MALFORMED_ROWS]:,} {MALFORMED_ROWS}")
     return report.finish(args.report or args.out / "pack-report.json")
 
 

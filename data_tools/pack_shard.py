@@ -63,7 +63,8 @@ def pack_shard(task: PackTask, *, max_pixels: int) -> None:
             text = json.dumps(rows[-1]).encode()
             writer.write(key, {suffix: data, TEXT_SUFFIX: facts["caption"].encode(), "json": text})
         if not rows:
-            raise DataError(f"none of its samples can be packed, first {next(iter(writer.left_out.values()))}")
+            first = next(iter(writer.left_out.values()))
+            raise DataError(f"none of its {len(writer.left_out)} samples can be packed, first {first}")
         with atomic_write(task.shard.with_suffix(".parquet")) as temporary:
             pq.write_table(_as_table(rows), temporary)
 

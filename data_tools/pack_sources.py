@@ -16,6 +16,7 @@ from data_tools.pack_list import Entry
 from ipa_train.data.scan import IMAGE_SUFFIXES
 from ipa_train.errors import ConfigError, DataError, did_you_mean
 
+MALFORMED_ROWS = "table rows with too few or too many columns"
 _CSV_BLOCK_BYTES = 2**24  # a row must fit into it
 
 
@@ -117,7 +118,7 @@ def _open_csv(source: Path, ignored: Counter[str]) -> tuple[pa.Schema, Iterator[
     """All columns as bytes: what looks like a number in the first rows need not be one further down."""
 
     def ignore(row: pyarrow.csv.InvalidRow) -> str:
-        ignored["table rows with too few or too many columns"] += 1
+        ignored[MALFORMED_ROWS] += 1
         return "skip"
 
     options = {

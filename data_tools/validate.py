@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     folders = {shard: args.index_dir or shard.parent for shard in shards}
     for folder in set(folders.values()):
         make_index_folder(folder)
+        read_excluded(folder)  # a list that cannot be read is said now, not after hours
     if args.write_exclude and len({(folder, shard.name) for shard, folder in folders.items()}) < len(shards):
         raise ConfigError(
             f"--write-exclude: shards of several folders have one name, and {args.index_dir}/{EXCLUDE_LIST} could not "

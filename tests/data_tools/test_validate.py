@@ -159,6 +159,13 @@ def test_features_that_nothing_describes_are_refused(tmp_path):
     assert "cache.json is missing" in report(tmp_path)["problems"][0]
 
 
+def test_an_exclude_list_that_cannot_be_read_is_said_at_once(shards, capfd):
+    (shards / "exclude-mine.txt").write_text("no slash\n")
+    assert validate(shards) == 2
+    assert "exclude-mine.txt: line 1 is 'no slash'" in capfd.readouterr().err
+    assert not list(shards.glob("*.crc.npy"))
+
+
 def test_everything_may_lie_in_a_folder_of_its_own(shards, tmp_path, capfd):
     there = set(shards.iterdir())
     assert validate(shards, "--index-dir", tmp_path / "index") == 0
