@@ -1,34 +1,39 @@
 """Index shards ahead of training, e.g. on a node with many cores; training does it by itself otherwise.
 
 ipa data index '/data/laion/{00000..41000}.tar'
+
+Shards whose size and time have not changed are not read again. Samples without a picture or a caption are counted and
+left out; a shard that is damaged or unfinished is a problem, and the others are indexed all the same.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-from ipa_train.data.index import build_index
+from data_tools.work import Report, add_shard_arguments, add_work_arguments
+from ipa_train.data.index import find_shards, index_sound_shards
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the tool's arguments."""
-    parser.add_argument("shards", nargs="+", help="folder, glob, or /data/{00000..00010}.tar")
-    parser.add_argument("--index-dir", type=Path, help="where to write it, if not beside the shards")
-    parser.add_argument("--allow-missing-stats", action="store_true", help="take shards of other writers")
-    parser.add_argument("--workers", type=int, help="processes; default: one per core")
+    add_shard_arguments(parser)
+    add_work_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Index and report."""
-    index = build_index(
+    index, refused = index_sound_shards(
         args.shards,
         index_dir=args.index_dir,
         allow_missing_stats=args.allow_missing_stats,
         num_workers=args.workers,
     )
-    incomplete = sum(shard.entry.num_incomplete for shard in index.shards)
-    sys.stdout.write(
-        f"{int(index.counts.sum()):,} samples in {len(index.shards):,} shards, {incomplete:,} incomplete left out, "
-        f"index {index.index_id}\n"
-    )
-    return 0
+    report = Report("index", index_id=index.index_id)
+    entries = [shard.entry for shard in index.shards]
+    report.counts["samples"] = sum(entry.num_samples for entry in entries)
+    report.counts["shards"] = len(entries)
+    report.counts["incomplete samples left out"] = sum(entry.num_incomplete for entry in entries)
+    report.counts["samples left out by exclude lists"] = sum(entry.num_excluded for entry in entries)
+    report.counts["shards refused"] = len(refused)
+    for error in refused:
+        report.problem(str(error))
+    folder = args.index_dir or find_shards(args.shards)[0].parent
+    return report.finish(args.report or folder / "index-report.json")

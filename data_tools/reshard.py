@@ -1,7 +1,7 @@
 """Rewrite shards so that training is cheaper: pictures at their exact training size, shuffled, each bucket by itself.
 
 ipa data reshard '/data/laion/{00000..41000}.tar' --out /data/laion-512 --resolution 512 --bucket-step 64
-ipa train data.shards=/data/laion-512 data.resolution=512 data.bucket_step=64 ...
+ipa train experiment=sd15_linear run.name=first data.shards=/data/laion-512 data.bucket_step=64
 
 Training on the output sees the pixels, captions and SDXL sizes that it would have seen on the source, but for the
 losses of a JPEG. Run the same command again after a stop, and on many machines at once with --task-index (a Slurm job

@@ -71,6 +71,28 @@ def add_max_bad_rate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-bad-rate", type=float, default=0.0, help="exit with 0 in spite of so many bad samples")
 
 
+def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what every tool takes that reads shards where they lie."""
+    parser.add_argument("shards", nargs="+", help="folder, glob, or /data/{00000..00010}.tar")
+    parser.add_argument("--index-dir", type=Path, help="where the index lies, if not beside the shards")
+    parser.add_argument("--allow-missing-stats", action="store_true", help="take shards of other writers")
+
+
+def make_output_folder(path: Path, *, option: str = "--out") -> Path:
+    """Make the folder ``path``, if it is not there, and return it.
+
+    Raises:
+        ConfigError: it cannot be made, or not written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be made: {error.strerror}.") from error
+    if not os.access(path, os.W_OK):
+        raise ConfigError(f"{option} {path}: cannot be written to.")
+    return path
+
+
 def run_tasks(
     function: Callable[[Task], Result],
     tasks: Sequence[Task],

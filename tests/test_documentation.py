@@ -16,6 +16,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "conf" / "experiment").glob("*.yaml")),
     *sorted((ROOT / "ipa_train" / "cli").glob("*.py")),
+    *sorted((ROOT / "data_tools").glob("*.py")),
 ]
 COMMANDS = sorted(
     {
@@ -33,7 +34,7 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_right(command):
-    _, verb, *rest = shlex.split(command)
+    _, verb, *rest = shlex.split(command, comments=True)
     _, parser = load_verb(verb)
     arguments = parse(parser, rest)
     if "overrides" in arguments:

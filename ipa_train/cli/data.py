@@ -7,7 +7,10 @@ import argparse
 import importlib
 
 TOOLS = {
+    "pack": "pictures and captions of a folder, JSON list or table into shards",
     "index": "find every sample, and every fault of the files",
+    "validate": "read and decode every sample; notice bytes that changed",
+    "stats": "sizes, captions and scores of a data set on one page",
     "reshard": "rewrite shards for cheaper training: resized, shuffled, by aspect bucket",
     "encode": "run the frozen encoders once, and train on what they gave",
 }

@@ -11,6 +11,7 @@ kept as text: text encoders are cheap, and their states large.
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,7 +35,9 @@ from ipa_train.runtime.files import atomic_write
 VERSION = 1
 DESCRIPTION = "cache.json"
 _DTYPES = {"F16": torch.float16, "I64": torch.int64}
+_NUMPY_DTYPES: dict[torch.dtype, np.dtype[Any]] = {torch.float16: np.dtype("<f2"), torch.int64: np.dtype("<i8")}
 _MAX_HEADER_BYTES = 2**16
+_UNLIKE_NEIGHBOURS = "its features are laid out unlike those of its neighbours"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +143,7 @@ class Layout:
     """The header that all members of a bucket share, and the tensors behind it in their order."""
 
     def __init__(self, head: bytes) -> None:
-        """Read from the first bytes of a member. Raises DataError if they are no safetensors header."""
+        """Read from the first bytes of a member, or all. Raises DataError if they are no safetensors header."""
         length = int.from_bytes(head[:8], "little")
         if not 2 <= length <= min(_MAX_HEADER_BYTES, len(head) - 8):
             raise DataError("its features are not in safetensors form")
@@ -152,6 +155,20 @@ class Layout:
             self.tensors = [_Tensor(name, _DTYPES[dtype], tuple(shape)) for _, name, dtype, shape in found]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"its features cannot be understood: {error}") from error
+
+    def check(self, data: bytes) -> None:
+        """Raise DataError unless ``data`` is a member of this layout and all its numbers are finite."""
+        if data[: len(self.header)] != self.header:
+            raise DataError(_UNLIKE_NEIGHBOURS)
+        start = len(self.header)
+        length = start + sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors)
+        if len(data) != length:
+            raise DataError(f"its features are {len(data)} bytes long, not {length}")
+        for tensor in self.tensors:
+            values = np.frombuffer(data, _NUMPY_DTYPES[tensor.dtype], math.prod(tensor.shape), start)
+            start += values.nbytes
+            if not np.isfinite(values).all():
+                raise DataError(f"its {tensor.name} are not finite")
 
 
 class FeatureLoader:
@@ -253,7 +270,7 @@ class FeatureBatch:
             shard, row, (self._header, *self._buffers[i]), num_bytes=self._num_bytes, flipped=self._flips[i]
         )
         if self._header != self.layout.header:
-            raise DataError("its features are laid out unlike those of its neighbours")
+            raise DataError(_UNLIKE_NEIGHBOURS)
         return found
 
     def finish(self, captions: list[str], keys: list[str]) -> Batch:

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from ipa_train.data.batch import Batch
 from ipa_train.data.buckets import BucketSchedule
 from ipa_train.data.cache import FeatureLoader
-from ipa_train.data.decode import Decoder
-from ipa_train.data.index import Index, build_index
+from ipa_train.data.decode import MAX_PIXELS, Decoder
+from ipa_train.data.index import MAX_MEMBER_BYTES, Index, build_index
 from ipa_train.data.pictures import PictureLoader
 from ipa_train.data.pipeline import LoadedBatch, Places, StreamDataset, StreamSampler, count_micro_batches
 from ipa_train.data.plan import rank_share
@@ -59,8 +59,8 @@ class StreamingDataModule(lightning.LightningDataModule):
         window_size: int = 20_000,
         max_bad_rate: float = 0.001,
         on_missing_shard: str = "stop",
-        max_pixels: int = 50_000_000,
-        max_member_bytes: int = 64 * 2**20,
+        max_pixels: int = MAX_PIXELS,
+        max_member_bytes: int = MAX_MEMBER_BYTES,
         allow_missing_stats: bool = False,
         allow_index_change: bool = False,
         index_dir: str | None = None,

@@ -23,6 +23,8 @@ from PIL import Image, ImageOps
 
 from ipa_train.errors import ConfigError, DataError
 
+MAX_PIXELS = 50_000_000
+"""What training takes unless data.max_pixels says otherwise."""
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _EXIF_SEARCH_BYTES = 65_536
 _EXIF_ORIENTATION = 0x0112
@@ -48,7 +50,7 @@ class Placement:
 class Decoder:
     """Decodes strictly: a truncated or malformed picture is an error, never a grey area in the training data."""
 
-    def __init__(self, *, max_pixels: int = 50_000_000) -> None:
+    def __init__(self, *, max_pixels: int = MAX_PIXELS) -> None:
         if max_pixels < 1:
             raise ConfigError(f"data.max_pixels must be at least 1, got {max_pixels}.")
         self.max_pixels = max_pixels

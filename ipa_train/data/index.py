@@ -3,7 +3,8 @@
     ds/00000.tar  00000_stats.json     img2dataset's output, never modified
     ds/00000.idx.npy                   one row per complete sample, by offset (``scan.py``)
     ds/index.json                      per shard: size and time of the tar, samples, how many left out, sha256 of rows
-    ds/exclude-*.txt                   samples to leave out, one ``00000.tar/key`` per line; # begins a comment
+    ds/exclude-*.txt                   samples to leave out, one ``00000.tar/key`` per line; # begins a comment, at the
+                                       start of a line or after a space
 
 Built in parallel, written atomically, and reused while a tar's size and modification time, and what is excluded of it,
 stay the same.
@@ -13,6 +14,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -31,9 +33,12 @@ from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.files import atomic_write
 
 VERSION = 2
-_MAX_MEMBER_BYTES = 2**30  # what 32 bits of a row can place
+MAX_MEMBER_BYTES = 64 * 2**20
+"""What training takes unless data.max_member_bytes says otherwise."""
+_PLACEABLE_BYTES = 2**30  # what 32 bits of a row can place
 _SAVE_EVERY = 256  # shards: what a killed run may have to do again
 _MAX_NAMED = 5
+_COMMENT = re.compile(r"(?:^|\s)#")
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,7 @@ def build_index(
     *,
     index_dir: Path | None = None,
     allow_missing_stats: bool = False,
-    max_member_bytes: int = 64 * 2**20,
+    max_member_bytes: int = MAX_MEMBER_BYTES,
     num_workers: int | None = None,
 ) -> Index:
     """Index all shards of ``spec``, reusing what is up to date; the index goes beside the tars, or into ``index_dir``.
@@ -169,17 +174,45 @@ def build_index(
         ConfigError: see :func:`find_shards`; or no folder to write to.
         DataError: shards are damaged, unfinished or empty; names them and the cure. The others stay indexed.
     """
-    if not 1 <= max_member_bytes <= _MAX_MEMBER_BYTES:
-        raise ConfigError(f"data.max_member_bytes must be from 1 to {_MAX_MEMBER_BYTES}, got {max_member_bytes}.")
+    index, refused = index_sound_shards(
+        spec,
+        index_dir=index_dir,
+        allow_missing_stats=allow_missing_stats,
+        max_member_bytes=max_member_bytes,
+        num_workers=num_workers,
+    )
+    if refused:
+        raise DataError(" | ".join(map(str, refused[:_MAX_NAMED])) + _and_more(len(refused) - _MAX_NAMED))
+    return index
+
+
+def index_sound_shards(
+    spec: str | Sequence[str],
+    *,
+    index_dir: Path | None = None,
+    allow_missing_stats: bool = False,
+    max_member_bytes: int = MAX_MEMBER_BYTES,
+    num_workers: int | None = None,
+) -> tuple[Index, list[DataError]]:
+    """As :func:`build_index`, but an index of the sound shards and what is wrong with the others.
+
+    Raises:
+        ConfigError: see :func:`find_shards`; or no folder to write to.
+    """
+    if not 1 <= max_member_bytes <= _PLACEABLE_BYTES:
+        raise ConfigError(f"data.max_member_bytes must be from 1 to {_PLACEABLE_BYTES}, got {max_member_bytes}.")
+    if num_workers is not None and num_workers < 1:
+        raise ConfigError(f"--workers must be at least 1, got {num_workers}.")
     paths = find_shards(spec)
     folders = {path.parent: index_dir or path.parent for path in paths}
     known = {folder: _read_entries(folder) for folder in set(folders.values())}
-    excluded = {folder: _read_excluded(folder) for folder in known}
+    excluded = {folder: read_excluded(folder) for folder in known}
     shards: dict[Path, Shard] = {}
+    refused: list[DataError] = []
     stale: list[_Stale] = []
     for path in paths:
         folder = folders[path.parent]
-        rows_path = folder / f"{_name(path, shared=index_dir is not None)}.idx.npy"
+        rows_path = folder / f"{name_beside(path, shared=index_dir is not None)}.idx.npy"
         stat, keys = path.stat(), excluded[folder].get(path.name, frozenset())
         entry = known[folder].get(rows_path.name)
         is_current = entry is not None and (entry.tar_bytes, entry.tar_mtime_ns, entry.excluded_sha256) == (
@@ -193,9 +226,8 @@ def build_index(
             stale.append((path, rows_path, keys))
     if stale:
         for folder in known:
-            _check_writable(folder)
+            make_index_folder(folder)
         task = partial(_index_shard, allow_missing_stats=allow_missing_stats, max_member_bytes=max_member_bytes)
-        refused = []
         try:
             for number, result in enumerate(_run(task, stale, num_workers), 1):
                 if isinstance(result, DataError):
@@ -207,9 +239,7 @@ def build_index(
                     _write_entries(known)
         finally:  # hours of indexing survive one bad shard, and Ctrl-C
             _write_entries(known)
-        if refused:
-            raise DataError(" | ".join(map(str, refused[:_MAX_NAMED])) + _and_more(len(refused) - _MAX_NAMED))
-    return Index(tuple(shards[path] for path in paths))
+    return Index(tuple(shards[path] for path in paths if path in shards)), refused
 
 
 def _and_more(number: int) -> str:
@@ -265,7 +295,7 @@ def _index_sound_shard(stale: _Stale, allow_missing_stats: bool, max_member_byte
     return Shard(path, rows_path, entry)
 
 
-def _read_excluded(folder: Path) -> dict[str, frozenset[str]]:
+def read_excluded(folder: Path) -> dict[str, frozenset[str]]:
     """Shard name -> keys to leave out, from all exclude lists of a folder.
 
     Raises:
@@ -274,7 +304,7 @@ def _read_excluded(folder: Path) -> dict[str, frozenset[str]]:
     keys: dict[str, set[str]] = {}
     for path in sorted(folder.glob("exclude-*.txt")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            shard, slash, key = line.partition("#")[0].strip().partition("/")
+            shard, slash, key = _COMMENT.split(line)[0].strip().partition("/")
             if slash and shard and key:
                 keys.setdefault(shard, set()).add(key)
             elif shard:
@@ -286,19 +316,22 @@ def _hash_keys(keys: frozenset[str]) -> str:
     return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16] if keys else ""
 
 
-def _name(path: Path, *, shared: bool) -> str:
-    """Name of a shard's rows; in a folder shared by several sources it tells them apart."""
+def name_beside(path: Path, *, shared: bool) -> str:
+    """How files that belong to a shard begin; in a folder shared by several sources it tells them apart."""
     return f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}" if shared else path.stem
 
 
-def _check_writable(folder: Path) -> None:
+def make_index_folder(folder: Path) -> None:
+    """Make the folder for an index, or raise ConfigError if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
     except OSError:
         writable = False
     if not writable:
-        raise ConfigError(f"cannot write the index to {folder}: set data.index_dir to a folder that can be written.")
+        raise ConfigError(
+            f"cannot write the index to {folder}: set data.index_dir (--index-dir) to a folder that can be written."
+        )
 
 
 def _read_entries(folder: Path) -> dict[str, ShardEntry]:

@@ -57,6 +57,12 @@ class ShardReader:
         caption = _decode_caption(data[text_start : text_start + text_length])
         return content, caption, _key(data[content_start - BLOCK : content_start])
 
+    def caption(self, shard: int, row: int) -> str:
+        """A sample's caption alone. Raises DataError as :meth:`read` does."""
+        opened = self._shard(shard)
+        offset, _, _, _, text_start, text_length, *_ = opened.rows.item(row)
+        return _decode_caption(_pread(opened.descriptor, text_length, offset + text_start))
+
     def read_into(
         self, shard: int, row: int, buffers: Sequence[bytearray | memoryview], *, num_bytes: int, flipped: bool
     ) -> tuple[str, str]:

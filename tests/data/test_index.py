@@ -273,6 +273,14 @@ def test_excluded_samples_are_left_out_and_counted(shards):
         build_index(str(shards))
 
 
+def test_a_key_may_hold_what_begins_a_comment_elsewhere(tmp_path):
+    write_shard(tmp_path, 0, {key: {"jpg": encode(picture(0)), "txt": "a"} for key in ("a", "a#b")})
+    (tmp_path / "exclude-a.txt").write_text("00000.tar/a#b # not a\n")
+    built = build_index(str(tmp_path))
+    assert built.counts.tolist() == [1]
+    assert ShardReader(built).key(0, 0) == "a"
+
+
 def test_a_shard_may_be_excluded_whole(shards):
     (shards / "exclude-all.txt").write_text("".join(f"00001.tar/00001{i:04d}\n" for i in range(5)))
     built = build_index(str(shards))

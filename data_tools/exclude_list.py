@@ -1,0 +1,25 @@
+"""Exclude lists: samples that the index leaves out of training, while the shards stay as they are."""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from ipa_train.runtime.files import atomic_write
+
+_UNLISTABLE = re.compile(r"^\s|\s$|\s#|[\n\r]")
+"""In a key: a line would be read as something else."""
+
+
+def update_exclude_list(path: Path, excluded: Mapping[str, Mapping[str, str]], *, looked_at: Collection[str]) -> None:
+    """Write ``00000.tar/key # why`` lines; those of shards that were not looked at this time stay as they are.
+
+    ``excluded`` maps names of shards to keys, and keys to reasons. Keys that no line can hold are left out of it.
+    """
+    lines = path.read_text().splitlines() if path.exists() else []
+    lines = [line for line in lines if line.partition("/")[0] not in looked_at]
+    for shard, reasons in excluded.items():
+        listed = {key: why for key, why in reasons.items() if not _UNLISTABLE.search(key)}
+        lines += [f"{shard}/{key} # {' '.join(why.split())}" for key, why in listed.items()]
+    if lines or path.exists():
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in sorted(lines)))

@@ -1,0 +1,119 @@
+"""One shard from the entries of a pack list: every sample is read, judged, and written or left out by name."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_tools.pack_list import Entry, read_list
+from data_tools.shard_writer import open_shard
+from ipa_train.data.decode import decode
+from ipa_train.data.index import MAX_MEMBER_BYTES
+from ipa_train.data.scan import IMAGE_SUFFIXES, TEXT_SUFFIX
+from ipa_train.errors import DataError
+from ipa_train.runtime.files import atomic_write
+
+REPEATED = "entries that came before"
+
+
+@dataclass(frozen=True)
+class PackTask:
+    """One shard to write."""
+
+    list_path: Path
+    number: int
+    shard: Path
+    first: int
+    """Position of its first entry among all."""
+    repeated: frozenset[int]
+    """Which of its entries came before."""
+
+
+class _LeftOutError(Exception):
+    """A sample that cannot be packed: what kind of failure, and a word on it."""
+
+    def __init__(self, kind: str, why: str = "") -> None:
+        super().__init__(kind, why)
+        self.kind, self.why = kind, why
+
+
+def pack_shard(task: PackTask, *, max_pixels: int) -> None:
+    """Write a shard, the parquet of its metadata beside it, and what was left out of it into its statistics.
+
+    Raises:
+        DataError: nothing is left of it.
+    """
+    rows = []
+    with open_shard(task.shard) as writer:
+        for row, entry in enumerate(read_list(task.list_path, task.number)):
+            key = f"{task.first + row:09d}"  # 5 digits of shard and 4 of sample, at the usual 10,000 per shard
+            try:
+                if row in task.repeated:
+                    raise _LeftOutError(REPEATED)
+                suffix, data, facts = _read_sample(entry, max_pixels)
+            except _LeftOutError as error:
+                name = os.fsencode(entry.path(entry.image or b"")).decode(errors="replace")
+                writer.leave_out(key, f"{error.kind}: {name}{error.why and f': {error.why}'}")
+                continue
+            rows.append({**json.loads(entry.columns), "key": key, **facts, "status": "success"})
+            text = json.dumps(rows[-1]).encode()
+            writer.write(key, {suffix: data, TEXT_SUFFIX: facts["caption"].encode(), "json": text})
+        if not rows:
+            first = next(iter(writer.left_out.values()))
+            raise DataError(f"none of its {len(writer.left_out)} samples can be packed, first {first}")
+        with atomic_write(task.shard.with_suffix(".parquet")) as temporary:
+            pq.write_table(_as_table(rows), temporary)
+
+
+def _read_sample(entry: Entry, max_pixels: int) -> tuple[str, bytes, dict[str, Any]]:
+    """The picture's suffix and bytes, and what img2dataset says of a sample."""
+    if not entry.image:
+        raise _LeftOutError("without a picture's name", entry.columns)
+    path = entry.path(entry.image)
+    suffix = path.suffix[1:].lower()
+    if suffix not in IMAGE_SUFFIXES:
+        raise _LeftOutError("of other kinds than " + "/".join(IMAGE_SUFFIXES))
+    data = _read(path, "missing or unreadable pictures")
+    if len(data) > MAX_MEMBER_BYTES:
+        raise _LeftOutError("pictures too large for training", f"above {MAX_MEMBER_BYTES} bytes")
+    caption = entry.caption
+    if entry.caption_file:
+        caption = _read(entry.path(entry.caption_file), "missing or unreadable captions")
+    try:
+        text = (caption or b"").decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise _LeftOutError("captions not in UTF-8") from error
+    if not text:
+        raise _LeftOutError("without a caption")
+    try:
+        height, width, _ = decode(data, max_pixels=max_pixels).shape
+    except DataError as error:
+        raise _LeftOutError("damaged pictures", str(error)) from error
+    source = entry.image.decode(errors="replace")
+    return suffix, data, {"source": source, "caption": text, "width": width, "height": height}
+
+
+def _read(path: Path, kind: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_MEMBER_BYTES + 1)
+    except OSError as error:
+        raise _LeftOutError(kind, str(error.strerror)) from error
+    except ValueError as error:  # a zero byte in the name
+        raise _LeftOutError(kind, str(error)) from error
+
+
+def _as_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """A column of several types becomes text."""
+    table = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        try:
+            table[name] = pa.array(values)
+        except (pa.ArrowException, OverflowError):
+            table[name] = pa.array([value if value is None else json.dumps(value) for value in values])
+    return pa.table(table)

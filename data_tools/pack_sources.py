@@ -1,0 +1,169 @@
+"""Folders, JSON lists and tables -> entries to pack, one at a time; only a JSON list is read whole."""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from data_tools.pack_list import Entry
+from ipa_train.data.scan import IMAGE_SUFFIXES
+from ipa_train.errors import ConfigError, DataError, did_you_mean
+
+MALFORMED_ROWS = "table rows with too few or too many columns"
+_CSV_BLOCK_BYTES = 2**24  # a row must fit into it
+
+
+def find_entries(
+    source: Path,
+    *,
+    image_root: Path | None,
+    image_column: str,
+    caption_column: str,
+    caption_suffix: str,
+    ignored: Counter[str],
+) -> Iterator[Entry]:
+    """The entries of a folder, JSON list or table; what can be none is counted in ``ignored``.
+
+    Raises:
+        ConfigError: the source is missing, or of another kind, or has no such columns.
+        DataError: it cannot be read.
+    """
+    if source.is_dir():
+        return _folder_entries(source, caption_suffix, ignored)
+    if not source.is_file():
+        raise ConfigError(f"{source}: there is no such file or folder; give a folder, a .json, .csv or .parquet.")
+    root = os.fsencode((source.parent if image_root is None else image_root).resolve())
+    suffix = source.suffix.lower()
+    if suffix == ".json":
+        return _json_entries(source, root, image_column, caption_column)
+    if suffix in (".csv", ".parquet"):
+        return _table_entries(source, root, image_column, caption_column, ignored)
+    raise ConfigError(
+        f"{source}: cannot pack a {suffix or 'file without suffix'}; give a folder, a .json, .csv or .parquet."
+    )
+
+
+def _folder_entries(folder: Path, caption_suffix: str, ignored: Counter[str]) -> Iterator[Entry]:
+    root = os.fsencode(folder.resolve())
+    for parent, folders, names in os.walk(folder, onerror=_refuse_folder):
+        folders.sort()
+        ignored["linked folders not followed"] += sum((Path(parent) / name).is_symlink() for name in folders)
+        below = Path(parent).relative_to(folder)
+        captions = {name.removesuffix(caption_suffix) for name in names if name.endswith(caption_suffix)}
+        stems = set()
+        for name in sorted(names):
+            path = below / name
+            if path.suffix[1:].lower() in IMAGE_SUFFIXES:
+                stems.add(path.stem)
+                caption = os.fsencode(path.with_suffix(caption_suffix)) if path.stem in captions else None
+                yield Entry(root, os.fsencode(path), None, caption, "{}")
+            elif not name.endswith(caption_suffix):
+                suffix = os.fsencode(path.suffix or "other").decode(errors="replace")
+                ignored[f"{suffix} files ignored"] += 1
+        ignored["captions without a picture"] += len(captions - stems)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(f"{error.filename}: {error.strerror}")
+
+
+def _json_entries(source: Path, root: bytes, image_column: str, caption_column: str) -> Iterator[Entry]:
+    try:
+        items = json.loads(source.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{source}: not JSON: {error}.") from error
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise DataError(
+            f'{source}: must be a list like [{{"{image_column}": "a.jpg", "{caption_column}": "a cat"}}, ...].'
+        )
+    _require_columns(source, (image_column, caption_column), {name for item in items for name in item})
+    for item in items:
+        image, caption = (_encode(item.pop(name, None)) for name in (image_column, caption_column))
+        yield Entry(root, image, caption, None, _dump(item))
+
+
+def _encode(value: Any) -> bytes | None:
+    return None if value is None else str(value).encode(errors="surrogatepass")
+
+
+def _table_entries(
+    source: Path, root: bytes, image_column: str, caption_column: str, ignored: Counter[str]
+) -> Iterator[Entry]:
+    try:
+        opened = _open_csv(source, ignored) if source.suffix.lower() == ".csv" else _open_parquet(source)
+        schema, batches = opened
+        _require_columns(source, (image_column, caption_column), schema.names)
+        for batch in batches:
+            columns = {name: _values(column) for name, column in zip(schema.names, batch.columns, strict=True)}
+            images, captions = (_texts(source, name, columns.pop(name)) for name in (image_column, caption_column))
+            for row, (image, caption) in enumerate(zip(images, captions, strict=True)):
+                yield Entry(root, image, caption, None, _dump({name: values[row] for name, values in columns.items()}))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{source}: cannot be read: {error}.") from error
+
+
+def _open_parquet(source: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    file = pq.ParquetFile(source)
+    return file.schema_arrow, file.iter_batches(batch_size=4096)
+
+
+def _open_csv(source: Path, ignored: Counter[str]) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """All columns as bytes: what looks like a number in the first rows need not be one further down."""
+
+    def ignore(row: pyarrow.csv.InvalidRow) -> str:
+        ignored[MALFORMED_ROWS] += 1
+        return "skip"
+
+    options = {
+        "read_options": pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK_BYTES),
+        "parse_options": pyarrow.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=lambda row: "skip"),
+    }
+    with pyarrow.csv.open_csv(source, **options) as reader:
+        names = reader.schema.names
+    types = dict.fromkeys(names, pa.binary())
+    options["parse_options"].invalid_row_handler = ignore
+    reader = pyarrow.csv.open_csv(source, **options, convert_options=pyarrow.csv.ConvertOptions(column_types=types))
+    return reader.schema, iter(reader)
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """Text as bytes, which may be no UTF-8; all else as it is."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.dictionary_decode(), kind.value_type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return (column.cast(pa.large_binary()) if is_text else column).to_pylist()
+
+
+def _texts(source: Path, name: str, values: list[Any]) -> list[bytes | None]:
+    if not all(value is None or isinstance(value, bytes) for value in values):
+        raise ConfigError(f"{source}: column {name!r} must hold text.")
+    return values
+
+
+def _require_columns(source: Path, required: Iterable[str], names: Iterable[str]) -> None:
+    names = list(names)
+    for name in required:
+        if name not in names:
+            raise ConfigError(
+                f"{source}: no column {name!r}.{did_you_mean(name, names)} Set --image-column and --caption-column."
+            )
+        if names.count(name) > 1:
+            raise ConfigError(f"{source}: column {name!r} comes more than once.")
+
+
+def _dump(columns: dict[str, Any]) -> str:
+    return json.dumps({name: _plain(value) for name, value in columns.items()}, default=str)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return None if isinstance(value, float) and not math.isfinite(value) else value
