@@ -33,6 +33,21 @@ def add_work_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", type=Path, help="where to write the JSON report, if not beside the output")
 
 
+def make_output_folder(path: Path, *, option: str = "--out") -> Path:
+    """Make the folder ``path``, if it is not there, and return it.
+
+    Raises:
+        ConfigError: it cannot be made, or not written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be made: {error.strerror}.") from error
+    if not os.access(path, os.W_OK):
+        raise ConfigError(f"{option} {path}: cannot be written to.")
+    return path
+
+
 def run_tasks(
     function: Callable[[Task], Result],
     tasks: Sequence[Task],

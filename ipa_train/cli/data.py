@@ -7,6 +7,7 @@ import argparse
 import importlib
 
 TOOLS = {
+    "filter": "choose rows of metadata, or exclude samples of shards by theirs",
     "index": "find every sample, and every fault of the files",
 }
 
