@@ -8,6 +8,7 @@ import importlib
 
 TOOLS = {
     "filter": "choose rows of metadata, or exclude samples of shards by theirs",
+    "dedup": "find pictures that come twice, and exclude all but the largest",
     "index": "find every sample, and every fault of the files",
 }
 

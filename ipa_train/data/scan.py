@@ -53,7 +53,7 @@ def scan(path: Path, *, max_member_bytes: int, excluded: Container[str] = ()) ->
         DataError: a damaged tar (see :func:`tar.walk`), a key that comes twice, no complete sample, or pictures beside
             features.
     """
-    samples = _samples(path, max_member_bytes)
+    samples = find_samples(path, max_member_bytes=max_member_bytes)
     complete = {key: found for key, found in samples.items() if "content" in found and TEXT_SUFFIX in found}
     kept = [found for key, found in complete.items() if key not in excluded]
     kinds = {_content(found["content"]) for found in kept}
@@ -70,7 +70,12 @@ def scan(path: Path, *, max_member_bytes: int, excluded: Container[str] = ()) ->
     return Scan(rows, content, len(samples) - len(complete), len(complete) - len(kept))
 
 
-def _samples(path: Path, max_member_bytes: int) -> dict[str, dict[str, tar.Member]]:
+def find_samples(path: Path, *, max_member_bytes: int) -> dict[str, dict[str, tar.Member]]:
+    """Key -> suffix -> member of all samples of a tar, complete or not; "content" stands for the picture or features.
+
+    Raises:
+        DataError: a damaged tar (see :func:`tar.walk`), or a key that comes twice.
+    """
     samples: dict[str, dict[str, tar.Member]] = {}
     last = ""
     for member in tar.walk(path, max_member_bytes=max_member_bytes):
