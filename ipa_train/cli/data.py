@@ -7,6 +7,7 @@ import argparse
 import importlib
 
 TOOLS = {
+    "download": "download the pictures of url lists into shards, with img2dataset",
     "filter": "choose rows of metadata, or exclude samples of shards by theirs",
     "dedup": "find pictures that come twice, and exclude all but the largest",
     "index": "find every sample, and every fault of the files",
