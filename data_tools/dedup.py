@@ -24,7 +24,7 @@ from numpy import ndarray
 
 from data_tools.near_duplicates import find_leaders
 from data_tools.picture_hashes import ROW, has_hashes, hash_shard, read_hashes
-from data_tools.work import Report, add_work_arguments, run_tasks
+from data_tools.work import Report, add_work_arguments, make_output_folder, run_tasks
 from ipa_train.data.index import find_shards, read_excluded
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.files import atomic_write
@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.max_distance <= _MAX_DISTANCE:
         raise ConfigError(f"--max-distance must be from 0 to {_MAX_DISTANCE}, got {args.max_distance}.")
     paths = find_shards(args.shards)
+    for folder in {path.parent for path in paths}:
+        make_output_folder(folder, option="shards")
     _check_lists(paths)
     report = Report("dedup", max_distance=args.max_distance)
     pictures = Pictures(_hash(paths, args.workers, report), report)

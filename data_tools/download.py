@@ -137,7 +137,8 @@ def _prepare(args: argparse.Namespace) -> dict[str, Any]:
                 f"--out {args.out} was begun with other {', '.join(different)} ({before.get(different[0])} and not "
                 f"{asked[different[0]]}): give another folder, or the same command as then."
             )
-        return before
+        if urls.is_dir():
+            return before
     schema = common_columns(paths)
     shutil.rmtree(urls, ignore_errors=True)  # settings are written last: without them it is a leftover
     counts = clean_url_lists(paths, urls, schema=schema, workers=args.workers)
@@ -235,12 +236,9 @@ def _describe(report: Report, sound: Mapping[str, Stats], min_success_rate: floa
         reasons.update({reason: count for reason, count in stats["status_dict"].items() if reason != "success"})
     tried = sum(stats["count"] for stats in sound.values())
     success_rate = report.counts["successes"] / max(1, tried)
-    lost = tried - sum(report.counts[what] for what in ("successes", "failed_to_download", "failed_to_resize"))
     report.counts["shards"] = len(sound)
     report.facts |= {"success_rate": success_rate, "reasons": dict(reasons.most_common(_NUM_REASONS))}
     report.facts["num_reasons_left_out"] = max(0, len(reasons) - _NUM_REASONS)
-    if lost:
-        report.problem(f"img2dataset failed on {lost:,} samples without counting them; what it said is above.")
     if tried and success_rate < min_success_rate:
         report.problem(
             f"{success_rate:.1%} of the urls gave a picture, below --min-success-rate {min_success_rate:g}: the report "

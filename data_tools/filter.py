@@ -148,6 +148,7 @@ def _exclude(paths: list[Path], chain: Chain, workers: int | None) -> Counter[st
             raise ConfigError(f"--exclude: {path} has no {path.stem}.tar beside it; --out DIR filters url lists.")
     total: Counter[str] = Counter()
     for folder, of_folder in groupby(sorted(paths), lambda path: path.parent):
+        make_output_folder(folder, option="--exclude")
         target, header = folder / EXCLUDE_NAME, f"# ipa data filter {json.dumps(asdict(chain))}\n"
         if target.exists():
             _check_rules(str(target), _read_header(target), chain)

@@ -40,7 +40,7 @@ def open_metadata(path: Path) -> pq.ParquetFile:
     """
     try:
         return pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise damaged(path, error) from error
 
 

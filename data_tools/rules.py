@@ -93,7 +93,7 @@ class Chain:
                     counts[f"{name} kept after"] += int(kept.sum())
                 counts["kept"] += int(kept.sum())
                 yield batch, kept
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise damaged(path, error) from error
 
 
@@ -104,7 +104,7 @@ def option(name: str) -> str:
 
 def _numbers(batch: pa.RecordBatch, name: str, meaning: str) -> ndarray:
     """A column as float64, NaN where it is null; of captions, their length in characters."""
-    column = pc.utf8_length(batch[name]) if meaning == "caption" else batch[name]
+    column = pc.utf8_length(batch[name].cast(pa.string())) if meaning == "caption" else batch[name]
     return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
 
 

@@ -125,12 +125,16 @@ def test_what_cannot_be_read_is_named(tmp_path):
     write(tmp_path, 0, {"good": data, "cut": data[: len(data) // 2], "page": b"<html>"})
     cut = write(tmp_path, 1, {"copy": data, "x": data})
     cut.write_bytes(cut.read_bytes()[:4096])
+    write(tmp_path, 2, {"nothing": b""})
+    write_shard(tmp_path, 3, {"a": {"safetensors": b"x", "txt": "a"}})
     for _ in range(2):
         assert run(tmp_path) == 1
         report = report_of(tmp_path)
-        assert ["truncated" in problem and str(cut) in problem for problem in report["problems"]] == [True]
-        assert [name.split("/")[-1].split(":")[0] for name in report["undecodable"]] == ["cut", "page"]
-        assert (report["counts"]["undecodable"], report["counts"]["pictures"], left_out(tmp_path)) == (2, 1, [])
+        truncated, features = report["problems"]
+        assert str(cut) in truncated
+        assert "holds cached features" in features
+        assert [name.split("/")[-1].split(":")[0] for name in report["undecodable"]] == ["cut", "page", "nothing"]
+        assert (report["counts"]["undecodable"], report["counts"]["pictures"], left_out(tmp_path)) == (3, 1, [])
 
 
 @pytest.mark.parametrize(

@@ -123,12 +123,17 @@ def test_pictures_become_shards_and_all_else_is_counted(downloaded, server):
 
 
 @needs_img2dataset
-def test_the_shards_are_indexed_and_a_rerun_has_nothing_to_do(downloaded, server, tmp_path):
+def test_the_shards_are_used_by_others_and_a_rerun_has_nothing_to_do(downloaded, server, tmp_path):
     inputs, out = downloaded
     shutil.copytree(out, tmp_path / "out")
     out, asked = tmp_path / "out", server.asked.total()
     assert build_index(str(out / "shards")).counts.sum() == 5
-    assert run(inputs, "--out", out) == 0  # index.json there is no obstacle
+    verb, parser = load_verb("data")
+    for rule, num_kept in (("--max-unsafe=0.5", 5), ("--min-size=41", 0)):  # the pictures are 48 x 40
+        assert verb.run(parser.parse_args(["filter", str(out / "shards"), "--exclude", rule, "--workers", "1"])) == 0
+        assert build_index(str(out / "shards")).counts.sum() == num_kept
+        (out / "shards/exclude-filter.txt").unlink()
+    assert run(inputs, "--out", out) == 0  # what they left in the folder is no obstacle
     assert server.asked.total() == asked
     assert report_of(out)["num_done_before"] == 5
 
