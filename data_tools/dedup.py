@@ -11,7 +11,7 @@ a picture differs in 0 to 2; with 1 % cut off each side, in 0 to 6; unrelated on
 Pictures of one colour and the like have no such hash: only equal bytes make them equal.
 
 Hashes are kept in NAME.hash.npz beside each shard, and computed again when the shard changes: a killed run goes on
-where it was. Grouping is one process, with about 100 bytes of memory per picture.
+where it was. Grouping is one process, with about 100 bytes of memory per picture and 16 per pair of near ones.
 """
 
 import argparse
