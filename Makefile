@@ -28,8 +28,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: lint $(VENV)/img2dataset/ready
 	$(BIN)/pytest
+
+# An environment of its own: it pins older packages than training needs. It is for the tests of `ipa data download`.
+$(VENV)/img2dataset/ready: data_tools/img2dataset.lock $(VENV)/ready
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 DEMO := outputs/demo
 SEEDS := 0 1 2

@@ -7,10 +7,13 @@ import argparse
 import importlib
 
 TOOLS = {
+    "filter": "choose rows of metadata, or exclude samples of shards by theirs",
+    "download": "download the pictures of url lists into shards, with img2dataset",
     "pack": "pictures and captions of a folder, JSON list or table into shards",
     "index": "find every sample, and every fault of the files",
     "validate": "read and decode every sample; notice bytes that changed",
     "stats": "sizes, captions and scores of a data set on one page",
+    "dedup": "find pictures that come twice, and exclude all but the largest",
     "reshard": "rewrite shards for cheaper training: resized, shuffled, by aspect bucket",
     "encode": "run the frozen encoders once, and train on what they gave",
 }

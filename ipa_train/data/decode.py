@@ -137,10 +137,13 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
     return Image.fromarray(decode(data, max_pixels=max_pixels))
 
 
-def decode(data: bytes, *, max_pixels: int) -> UInt8[ndarray, "h w c"]:
+def decode(data: bytes, *, max_pixels: int, min_size: int = 0) -> UInt8[ndarray, "h w c"]:
     """Decode to an upright RGB picture; its size is checked before a pixel is decoded.
 
     A JPEG of 631 bytes may claim 30,000 x 30,000 pixels, which costs 12 s and 1.5 GB to find out.
+
+    Where a thumbnail will do, a JPEG may come out up to 8 times smaller, but no side below ``min_size`` pixels; 0 keeps
+    its size.
 
     Raises:
         DataError: not a JPEG, PNG or WebP, damaged, or of more than ``max_pixels``.
@@ -148,7 +151,8 @@ def decode(data: bytes, *, max_pixels: int) -> UInt8[ndarray, "h w c"]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of large sizes and odd EXIF blocks: both are judged here
-            return _decode_jpeg(data, max_pixels) if data[:2] == b"\xff\xd8" else _decode_other(data, max_pixels)
+            is_jpeg = data[:2] == b"\xff\xd8"
+            return _decode_jpeg(data, max_pixels, min_size) if is_jpeg else _decode_other(data, max_pixels)
     except DataError:
         raise
     except Exception as error:  # damaged pictures make decoders raise nearly anything, struct.error among them
@@ -157,14 +161,14 @@ def decode(data: bytes, *, max_pixels: int) -> UInt8[ndarray, "h w c"]:
         ) from error
 
 
-def _decode_jpeg(data: bytes, max_pixels: int) -> ndarray:
+def _decode_jpeg(data: bytes, max_pixels: int, min_size: int) -> ndarray:
     """Decode strictly, which Pillow does not: it fills damaged JPEG data with grey and says nothing."""
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     _check_size(height, width, max_pixels)
     if colours in ("CMYK", "YCCK"):
         simplejpeg.decode_jpeg(data, "CMYK", strict=True)  # only to be told of damage: Pillow knows the colours
         return _decode_other(data, max_pixels)
-    picture = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    picture = simplejpeg.decode_jpeg(data, "RGB", min_height=min_size, min_width=min_size, strict=True)
     if b"Exif\0\0" not in data[:_EXIF_SEARCH_BYTES]:
         return picture
     with Image.open(io.BytesIO(data), formats=_FORMATS) as header:

@@ -132,13 +132,22 @@ def find_shards(spec: str | Sequence[str]) -> list[Path]:
     Raises:
         ConfigError: nothing matches, a shard is missing or named twice, or the source is no local file.
     """
+    return find_files(spec, suffix=".tar", option="data.shards")
+
+
+def find_files(spec: str | Sequence[str], *, suffix: str, option: str) -> list[Path]:
+    """Expand as :func:`find_shards` does; in a folder, files of ``suffix`` count. Errors name the ``option``.
+
+    Raises:
+        ConfigError: nothing matches, a file is missing or named twice, or the source is no local file.
+    """
     items = [spec] if isinstance(spec, str) else list(spec)
     found: list[Path] = []
     for item in items:
         if "://" in item or item.startswith("pipe:"):
-            raise ConfigError(f"data.shards={item}: only local files can be read so far; copy the shards to disk.")
+            raise ConfigError(f"{option}={item}: only local files can be read so far; copy them to disk.")
         if Path(item).is_dir():
-            matches = sorted(Path(item).glob("*.tar"))
+            matches = sorted(Path(item).glob(f"*{suffix}"))
         elif "{" in item:
             matches = [Path(name) for name in expand_urls(item)]
         else:
@@ -146,17 +155,15 @@ def find_shards(spec: str | Sequence[str]) -> list[Path]:
             matches = matches or ([Path(item)] if "*" not in item else [])
         if not matches:
             raise ConfigError(
-                f"data.shards={item}: no .tar file matches; give a folder, a glob or {{00000..00010}}.tar."
+                f"{option}={item}: no {suffix} file matches; give a folder, a glob or {{00000..00010}}{suffix}."
             )
         missing = [path for path in matches if not path.is_file()]
         if missing:
-            raise ConfigError(
-                f"data.shards={item}: {len(missing)} of {len(matches)} shards missing, first {missing[0]}."
-            )
+            raise ConfigError(f"{option}={item}: {len(missing)} of {len(matches)} files missing, first {missing[0]}.")
         found += matches
     twice = [path for path in set(found) if found.count(path) > 1] if len(set(found)) < len(found) else []
     if twice:
-        raise ConfigError(f"data.shards names {twice[0]} more than once.")
+        raise ConfigError(f"{option} names {twice[0]} more than once.")
     return found
 
 
@@ -295,14 +302,16 @@ def _index_sound_shard(stale: _Stale, allow_missing_stats: bool, max_member_byte
     return Shard(path, rows_path, entry)
 
 
-def read_excluded(folder: Path) -> dict[str, frozenset[str]]:
-    """Shard name -> keys to leave out, from all exclude lists of a folder.
+def read_excluded(folder: Path, *, but: str = "") -> dict[str, frozenset[str]]:
+    """Shard name -> keys to leave out, from all exclude lists of a folder ``but`` the one of that name.
 
     Raises:
         DataError: a line is not ``00000.tar/key``.
     """
     keys: dict[str, set[str]] = {}
     for path in sorted(folder.glob("exclude-*.txt")):
+        if path.name == but:
+            continue
         for number, line in enumerate(path.read_text().splitlines(), 1):
             shard, slash, key = _COMMENT.split(line)[0].strip().partition("/")
             if slash and shard and key:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from ipa_train.data.decode import Decoder, decode_image, stored_size
+from ipa_train.data.decode import Decoder, decode, decode_image, stored_size
 from ipa_train.errors import DataError
 from tests.data.conftest import encode
 
@@ -209,3 +209,17 @@ def test_gif_and_others_are_not_opened():
     Image.new("P", (4, 4)).save(buffer, "GIF")
     with pytest.raises(DataError, match="cannot decode"):
         decode_image(buffer.getvalue(), max_pixels=100)
+
+
+@pytest.mark.parametrize(
+    ("size", "smaller"), [((640, 480), (160, 120)), ((300, 211), (150, 106)), ((100, 90), (100, 90))]
+)
+def test_thumbnails_are_the_same_picture_and_as_strict(size, smaller):
+    image = photo(*size)
+    data = encode(image, quality=95)
+    found = decode(data, max_pixels=10**6, min_size=100)
+    assert found.shape[:2] == smaller[::-1]
+    assert levels(found, image.resize(smaller, Image.Resampling.BOX)).mean() < 4
+    assert decode(png(image), max_pixels=10**6, min_size=100).shape[:2] == size[::-1]
+    with pytest.raises(DataError, match="cannot decode"):
+        decode(data[: len(data) // 2], max_pixels=10**6, min_size=100)

@@ -174,9 +174,9 @@ def test_incomplete_samples_are_counted(tmp_path):
 
 def test_missing_empty_and_unfinished_shards(tmp_path, shards):
     for spec, message in (
-        (str(tmp_path / "nothing"), "1 of 1 shards missing, first .*nothing"),
+        (str(tmp_path / "nothing"), "1 of 1 files missing, first .*nothing"),
         (str(tmp_path / "*.tar"), r"no \.tar file matches"),
-        (str(shards / "{00000..00004}.tar"), r"2 of 5 shards missing, first .*00003\.tar"),
+        (str(shards / "{00000..00004}.tar"), r"2 of 5 files missing, first .*00003\.tar"),
         ([str(shards / "00000.tar"), str(shards)], "more than once"),
         ("pipe:cat x.tar", "only local files"),
     ):

@@ -40,7 +40,7 @@ def refused(capfd, tmp_path):
             "diffusers would not load this adapter: it knows linear adapters of 4 tokens",
         ),
         ("base.path=/nowhere", "base.path=/nowhere: neither a local folder nor a hub id"),
-        ("data.shards=/nowhere", "data.shards=/nowhere: 1 of 1 shards missing"),
+        ("data.shards=/nowhere", "data.shards=/nowhere: 1 of 1 files missing"),
         ("adapter.init_from=/nowhere.bin", "/nowhere.bin: no such file"),
         ("trainer.max_stepz=3", "Did you mean 'trainer.max_steps'"),
         ("trainer.max_steps=-5", "lightning.Trainer: `max_steps` must be"),
