@@ -1,6 +1,5 @@
 """Work spread over processes, and the report of it."""
 
-import argparse
 import fcntl
 import json
 import multiprocessing
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.work import Report, my_share, run_tasks
+from data_tools.work import Report, run_tasks
 from ipa_train.errors import ConfigError, DataError
 
 
@@ -90,12 +89,3 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path):
 def test_no_workers_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="--workers must be at least 1, got 0"):
         list(run_tasks(size_of, [tmp_path], description="sizes", workers=0))
-
-
-@pytest.mark.parametrize(("num_tasks", "count"), [(10, 1), (10, 3), (2, 5)])
-def test_machines_share_all_tasks_without_overlap(num_tasks, count):
-    shares = [
-        my_share(range(num_tasks), argparse.Namespace(task_index=index, num_tasks=count)) for index in range(count)
-    ]
-    assert [task for share in shares for task in share] == list(range(num_tasks))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
