@@ -228,7 +228,7 @@ def run(args: argparse.Namespace) -> int:
         out=args.out,
         recipe=recipe,
     )
-    job.index(args.workers)
+    job.index(args.workers)  # what is not indexed yet, by all workers; each then reads the index for itself
     source = _open(job)
     index_id = source.index.index_id
     _claim(job.out, source.index, {"version": VERSION, "source": index_id, **asdict(recipe)})

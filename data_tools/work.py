@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.files import atomic_write
+from ipa_train.runtime.processes import end_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -117,7 +118,7 @@ def run_tasks(
     if workers <= 1:
         yield from zip(tasks, bar(map(safely, tasks)), strict=True)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         yield from zip(tasks, bar(pool.map(safely, tasks)), strict=True)
 
 

@@ -23,10 +23,11 @@ VERBS = {
 }
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the process's exit status: 0, 2 for a mistake of the user's, 130 for an interrupt."""
+    """Run one verb and return the exit status: 0, 2 for a mistake of the user's, 130 for Ctrl-C, 143 for SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         _write(sys.stdout, _help())
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes exit(1) of it
             return EXIT_INTERRUPTED
+        if stop.code is None:  # Lightning's way to stop at SIGTERM, which a scheduler would take for success
+            return EXIT_TERMINATED
         raise
 
 

@@ -31,6 +31,7 @@ from webdataset.shardlists import expand_urls
 from ipa_train.data.scan import ROW, Content, scan
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.files import atomic_write
+from ipa_train.runtime.processes import end_with_parent
 
 VERSION = 2
 MAX_MEMBER_BYTES = 64 * 2**20
@@ -259,7 +260,7 @@ def _run(task: partial[Shard | DataError], stale: list[_Stale], num_workers: int
     if workers == 1 or len(stale) < 8:
         yield from bar(map(task, stale))
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         yield from bar(pool.map(task, stale, chunksize=4))
 
 

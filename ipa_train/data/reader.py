@@ -110,9 +110,10 @@ class ShardReader:
             opened = self._shard(shard)
             where = opened.rows[row]
             start = int(where["offset"]) + int(where["content_start"]) - BLOCK
-            return _key(os.pread(opened.descriptor, BLOCK, start))
+            key = _key(os.pread(opened.descriptor, BLOCK, start))
         except (OSError, DataError):
-            return f"row {row}"
+            key = ""
+        return key or f"row {row}"
 
     def _shard(self, shard: int) -> _OpenShard:
         opened = self._open.get(shard)

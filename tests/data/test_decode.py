@@ -176,6 +176,15 @@ def test_a_png_bomb_is_refused_by_its_header(side):
         decode_image(bytes(data), max_pixels=50_000_000)
 
 
+@pytest.mark.parametrize("side", [8_000, 16_384])
+def test_a_webp_bomb_is_refused_by_its_header(side):
+    data = bytearray(encode(Image.new("RGB", (16, 16)), "WEBP", lossless=True))
+    assert data[20] == 0x2F, "the mark of a lossless picture; its sides follow, less 1, in 14 bits each"
+    data[21:25] = struct.pack("<I", side - 1 | side - 1 << 14)
+    with pytest.raises(DataError, match=r"above data\.max_pixels|decompression bomb"):
+        decode_image(bytes(data), max_pixels=50_000_000)
+
+
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
 def test_truncated_pictures_are_errors(format_):
     data = encode(photo(200, 150), format_)

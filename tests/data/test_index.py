@@ -11,6 +11,7 @@ from PIL import Image
 
 from ipa_train.data.index import build_index, find_shards
 from ipa_train.data.reader import ShardReader
+from ipa_train.data.tar import walk
 from ipa_train.errors import ConfigError, DataError
 from tests.data.conftest import encode, picture, write_shard, write_shards
 
@@ -71,16 +72,22 @@ def test_truncation_anywhere_is_noticed(tmp_path):
             index(tmp_path)
 
 
-def test_a_flipped_bit_in_any_header_is_noticed(tmp_path):
+def test_no_flipped_bit_of_a_header_loses_anything_unnoticed(tmp_path):
+    """Every bit of an inner header: refused, or (where it means nothing) the very same members are found."""
     path = one_tar(tmp_path, [(f"{i}.{suffix}", b"x" * 300) for i in range(2) for suffix in ("jpg", "txt")])
-    whole = path.read_bytes()
-    for member in range(4):
-        for byte in (0, 124, 130, 156, 257):
-            damaged = bytearray(whole)
-            damaged[member * 1024 + byte] ^= 1
-            path.write_bytes(damaged)
-            with pytest.raises(DataError, match="damaged tar header"):
-                index(tmp_path)
+    whole, members = path.read_bytes(), list(walk(path, max_member_bytes=1000))
+    refused = 0
+    for bit in range(8 * 1024, 8 * 1536):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            found = list(walk(path, max_member_bytes=1000))
+        except DataError as error:
+            found = str(error)
+        assert found == members or "damaged tar header at byte 1024" in found
+        refused += found != members
+    assert refused > 4000
 
 
 def test_no_sample_hides_behind_a_false_end(tmp_path):
@@ -137,21 +144,46 @@ def test_what_an_extended_header_says_of_a_folder_is_not_said_of_the_next_file(t
     assert index(tmp_path).counts.tolist() == [1]
 
 
-def test_dangerous_members_are_refused(tmp_path):
-    link = tarfile.TarInfo("a.jpg")
-    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    huge = tarfile.TarInfo("a.jpg")
-    huge.size = 2**40
-    for members, message in (
+LINK = tarfile.TarInfo("a.jpg")
+LINK.type, LINK.linkname = tarfile.SYMTYPE, "/etc/passwd"
+DEVICE = tarfile.TarInfo("a.jpg")
+DEVICE.type = tarfile.CHRTYPE
+LONG = "../" * 50 + "etc/a.jpg"  # needs an extended header, which replaces the name in the plain one
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
         ([("../a.jpg", b"x")], "not a plain file name"),
         ([("/etc/a.jpg", b"x")], "not a plain file name"),
-        ([(link, None)], "link or special file"),
+        ([("..", b"x")], "not a plain file name"),
+        ([(LONG, b"x")], "not a plain file name"),
+        ([(LINK, None)], "link or special file"),
+        ([(DEVICE, None)], "link or special file"),
         ([("a.jpg", b"x"), ("a.txt", b"x"), ("b.jpg", b"x"), ("a.jpg", b"x")], "the key 'a' appears twice"),
-    ):
-        one_tar(tmp_path, members)
-        with pytest.raises(DataError, match=message):
-            index(tmp_path)
-    (tmp_path / "00000.tar").write_bytes(huge.tobuf() + b"\0" * 1024)
+    ],
+)
+@pytest.mark.parametrize("format_", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_dangerous_members_are_refused(tmp_path, members, message, format_):
+    one_tar(tmp_path, members, format=format_)
+    with pytest.raises(DataError, match=message):
+        index(tmp_path)
+
+
+def test_sparse_members_are_refused(tmp_path):
+    sparse = tarfile.TarInfo("a.jpg")
+    sparse.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+    one_tar(tmp_path, [(sparse, b"x")], format=tarfile.PAX_FORMAT)
+    with pytest.raises(DataError, match="not a plain file name"):
+        index(tmp_path)
+
+
+@pytest.mark.parametrize("format_", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_member_that_claims_a_tebibyte_is_refused(tmp_path, format_):
+    """In GNU's binary form, and in an extended header, where the plain one says 0."""
+    huge = tarfile.TarInfo("a.jpg")
+    huge.size = 2**40
+    (tmp_path / "00000.tar").write_bytes(huge.tobuf(format_) + bytes(1024))
     with pytest.raises(DataError, match="claims 1099511627776 bytes"):
         index(tmp_path)
 
@@ -208,6 +240,29 @@ def test_one_look_finds_all_bad_shards_and_keeps_what_is_done(tmp_path):
 def test_many_shards_are_indexed_by_several_processes(tmp_path):
     folder = write_shards(tmp_path / "many", (1, 2, 3, 4, 5, 6, 7, 8, 9))
     assert build_index(str(folder), num_workers=2).counts.tolist() == list(range(1, 10))
+
+
+def pickled_array(path):
+    """An .npy file that runs a command when it is unpickled."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([Touch(path)], dtype=object), allow_pickle=True)
+    return buffer.getvalue()
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mknod, (str(self.path),)
+
+
+def test_rows_are_never_unpickled(shards, tmp_path):
+    first = build_index(str(shards)).shards[0]
+    first.rows_path.write_bytes(pickled_array(tmp_path / "owned"))
+    with pytest.raises(DataError, match=r"00000\.idx\.npy: damaged index"):
+        build_index(str(shards)).shards[0].rows()
+    assert not (tmp_path / "owned").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"not an array"])

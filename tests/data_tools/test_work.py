@@ -1,8 +1,12 @@
 """Work spread over processes, and the report of it."""
 
 import argparse
+import fcntl
 import json
+import multiprocessing
 import os
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,6 +31,39 @@ def test_one_failure_does_not_end_the_work_on_the_others(tmp_path, workers):
     assert (results[0][1], results[3][1]) == (5, 5)
     assert str(results[1][1]) == f"{paths[1]}: refused"
     assert str(results[2][1]) == f"{paths[2]}: No such file or directory"
+
+
+def hold(path: Path) -> None:
+    """Lock a file for as long as this process lives, and work for longer than any test."""
+    file = path.open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    path.with_suffix(".held").touch()
+    time.sleep(300)
+
+
+def is_free(path: Path) -> bool:
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    paths = [tmp_path / name for name in ("a", "b")]
+    work = partial(run_tasks, hold, paths, description="hold", workers=2)
+    parent = multiprocessing.get_context("fork").Process(target=lambda: list(work()))
+    parent.start()
+    while not all(path.with_suffix(".held").exists() for path in paths):
+        assert parent.is_alive()
+        time.sleep(0.01)
+    parent.kill()
+    parent.join()
+    deadline = time.monotonic() + 60
+    while not all(map(is_free, paths)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_report_says_whether_to_trust_the_result(tmp_path, capsys):
