@@ -55,14 +55,19 @@ def find_columns(path: Path, schema: pa.Schema, meanings: Iterable[str], *, want
     Raises:
         ConfigError: there is none for one of them; names the columns there are.
     """
-    by_lower = {name.lower(): name for name in reversed(schema.names)}
     found = []
     for meaning in meanings:
-        names = [by_lower[name] for name in COLUMNS[meaning] if name in by_lower]
-        if not names:
+        name = find_column(schema, meaning)
+        if name is None:
             raise ConfigError(
                 f"{wanted_by} needs a column {' or '.join(COLUMNS[meaning])}, which {path} lacks; it has "
                 f"{', '.join(schema.names)}."
             )
-        found.append(names[0])
+        found.append(name)
     return found
+
+
+def find_column(schema: pa.Schema, meaning: str) -> str | None:
+    """Name of the column that has this meaning (see ``COLUMNS``), if there is one."""
+    by_lower = {name.lower(): name for name in reversed(schema.names)}
+    return next((by_lower[name] for name in COLUMNS[meaning] if name in by_lower), None)

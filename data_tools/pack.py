@@ -24,11 +24,10 @@ from data_tools.pack_list import PackList, write_list
 from data_tools.pack_shard import REPEATED, PackTask, pack_shard
 from data_tools.pack_sources import MALFORMED_ROWS, find_entries
 from data_tools.shard_writer import stats_path
-from data_tools.work import Report, add_max_bad_rate, add_work_arguments, make_output_folder, run_tasks
+from data_tools.work import Report, add_max_bad_rate, add_work_arguments, claim_folder, make_output_folder, run_tasks
 from ipa_train.data.decode import MAX_PIXELS
 from ipa_train.data.scan import IMAGE_SUFFIXES
 from ipa_train.errors import ConfigError, DataError
-from ipa_train.runtime.files import atomic_write
 
 _DESCRIPTION, _LIST = "pack.json", ".pack-list"
 
@@ -68,13 +67,8 @@ def _pack(listed: PackList, args: argparse.Namespace, ignored: Counter[str]) -> 
     if not listed.num_entries:
         sources = ", ".join(map(str, args.sources))
         raise ConfigError(f"{sources}: there is no picture ({'/'.join(IMAGE_SUFFIXES)}) to pack.")
-    _check_same(
-        args.out,
-        list=listed.sha256,
-        entries=listed.num_entries,
-        shard_size=args.shard_size,
-        max_pixels=args.max_pixels,
-    )
+    options = {name: getattr(args, name) for name in ("shard_size", "max_pixels")}
+    claim_folder(args.out, _DESCRIPTION, {"list": listed.sha256, "entries": listed.num_entries, **options})
     tasks = []
     for number in range(-(-listed.num_entries // args.shard_size)):
         first = number * args.shard_size
@@ -113,28 +107,3 @@ def _report_shards(report: Report, shards: Sequence[Path], max_bad_rate: float) 
             if kind != REPEATED:
                 bad.append(f"{shard.name}/{key}: {why}")
     report.left_out(bad, report.counts["samples"], max_bad_rate)
-
-
-def _check_same(out: Path, **description: object) -> None:
-    """Write down what is packed into ``out``, or check that it is what is there.
-
-    Raises:
-        ConfigError: something else is there.
-    """
-    path = out / _DESCRIPTION
-    if not path.exists():
-        if any(out.glob("*.tar")):
-            raise ConfigError(f"{out} holds shards of another writer; pack into another folder.")
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(description))
-        return
-    try:
-        before = json.loads(path.read_text())
-        changed = [f"{name} was {before[name]}, now {now}" for name, now in description.items() if before[name] != now]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: damaged; pack into another folder, or delete {out}.") from error
-    if changed:
-        raise ConfigError(
-            f"{out} was packed from another list or otherwise: {', '.join(changed)}; pack into another folder, or "
-            "delete this one."
-        )

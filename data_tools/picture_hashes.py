@@ -10,7 +10,8 @@ import numpy as np
 from numpy import ndarray
 
 from data_tools.perceptual_hash import DECODE_SIZE, perceptual_hash
-from ipa_train.data.decode import decode, stored_size
+from ipa_train.data.decode import MAX_PIXELS, decode, stored_size
+from ipa_train.data.index import MAX_MEMBER_BYTES
 from ipa_train.data.scan import FEATURES_SUFFIX, TEXT_SUFFIX, find_samples
 from ipa_train.errors import DataError
 from ipa_train.runtime.files import atomic_write
@@ -24,7 +25,6 @@ ROW = np.dtype(
     ]
 )
 _VERSION = 1
-_MAX_MEMBER_BYTES, _MAX_PIXELS = 64 * 2**20, 50_000_000  # what training takes, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def hash_shard(shard: Path) -> None:
     """
     identity, keys, rows, failed = _identity(shard), [], [], []
     with shard.open("rb") as file:
-        for key, members in find_samples(shard, max_member_bytes=_MAX_MEMBER_BYTES).items():
+        for key, members in find_samples(shard, max_member_bytes=MAX_MEMBER_BYTES).items():
             picture = members.get("content")
             if picture is None or TEXT_SUFFIX not in members:
                 continue  # the index leaves it out too, and counts it
@@ -68,7 +68,7 @@ def hash_shard(shard: Path) -> None:
 
 
 def _hash_picture(data: bytes) -> tuple[int, bool, int, int]:
-    looks = perceptual_hash(decode(data, max_pixels=_MAX_PIXELS, min_size=DECODE_SIZE))
+    looks = perceptual_hash(decode(data, max_pixels=MAX_PIXELS, min_size=DECODE_SIZE))
     content = int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
     height, width = stored_size(data)
     return looks or 0, looks is None, content, height * width

@@ -12,7 +12,6 @@ shard done again, delete it. Of a sample only its picture and caption are kept; 
 import argparse
 import io
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,14 +20,21 @@ import numpy as np
 from PIL import Image
 
 from data_tools.shard_writer import open_shard, stats_path
-from data_tools.work import Report, add_max_bad_rate, add_share_arguments, add_work_arguments, my_share, run_tasks
+from data_tools.work import (
+    Report,
+    add_max_bad_rate,
+    add_share_arguments,
+    add_work_arguments,
+    claim_folder,
+    my_share,
+    run_tasks,
+)
 from ipa_train.data.decode import Decoder, decode, stored_size
 from ipa_train.data.index import Index, build_index
 from ipa_train.data.pictures import PictureLoader
 from ipa_train.data.reader import ShardReader
 from ipa_train.data.stream import choose_buckets, make_stream
-from ipa_train.errors import ConfigError, DataError, difference
-from ipa_train.runtime.files import atomic_write
+from ipa_train.errors import ConfigError, DataError
 
 VERSION = 1
 DESCRIPTION = "reshard.json"
@@ -172,31 +178,6 @@ def _write(job: Job, index_id: str, place: Place) -> None:
     source.write(place, job.out / source.name(place))
 
 
-def _claim(out: Path, index: Index, facts: Mapping[str, object]) -> None:
-    """Make the output folder this job's own.
-
-    Raises:
-        ConfigError: it is the source's, or holds what another job has made; names what differs.
-    """
-    if out.resolve() in {shard.path.parent.resolve() for shard in index.shards}:
-        raise ConfigError(f"--out {out} is a folder of the source: its shards would be mixed with it; name another.")
-    path = out / DESCRIPTION
-    try:
-        if not path.exists():
-            if any(out.glob("*.tar")):
-                raise ConfigError(f"--out {out} holds shards, and no {DESCRIPTION} says what they are; name another.")
-            out.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as temporary:
-                temporary.write_text(json.dumps(facts, indent=1))
-        there = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"--out {out} cannot be used: {error}; name another, or mend this one.") from error
-    if there != facts:
-        raise ConfigError(
-            f"--out {out} holds shards made in another way: {difference(there, facts)}; name another, or delete it."
-        )
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the tool's arguments."""
     parser.add_argument("shards", nargs="+", help="folder, glob, or /data/{00000..00010}.tar")
@@ -231,7 +212,11 @@ def run(args: argparse.Namespace) -> int:
     job.index(args.workers)  # what is not indexed yet, by all workers; each then reads the index for itself
     source = _open(job)
     index_id = source.index.index_id
-    _claim(job.out, source.index, {"version": VERSION, "source": index_id, **asdict(recipe)})
+    if job.out.resolve() in {shard.path.parent.resolve() for shard in source.index.shards}:
+        raise ConfigError(
+            f"--out {job.out} holds the source: the new shards would be mixed with it; give another."
+        )
+    claim_folder(job.out, DESCRIPTION, {"version": VERSION, "source": index_id, **asdict(recipe)})
     places = my_share(source.places(), args)
     paths = {place: job.out / source.name(place) for place in places}
     missing = [place for place, path in paths.items() if not (path.exists() and stats_path(path).exists())]

@@ -3,10 +3,9 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy import ndarray
 
 from data_tools.histogram import Histogram
+from data_tools.metadata import find_column
 from ipa_train.data.buckets import Bucket, shard_buckets
 from ipa_train.data.index import Index, Shard, read_excluded
 from ipa_train.data.reader import ShardReader
@@ -30,8 +30,8 @@ class Measure:
     edges: ndarray
     is_log: bool = False
     """Bins grow by a factor."""
-    columns: tuple[str, ...] = ()
-    """Names, in lower case, of the column in the parquet beside the shard that holds it, the first one first."""
+    is_score: bool = False
+    """It stands in the parquet beside the shard, in the column that ``metadata.COLUMNS`` knows under its name."""
 
 
 MEASURES = {
@@ -41,17 +41,10 @@ MEASURES = {
     "sample_kib": Measure("Bytes per sample", "KiB", np.geomspace(1, 65536, 129), is_log=True),
     "caption_characters": Measure("Caption length", "characters", np.linspace(0, 400, 81)),
     "caption_words": Measure("Caption length", "words", np.linspace(0, 80, 81)),
-    "similarity": Measure(
-        "CLIP similarity", "", np.linspace(0, 0.6, 121), columns=("similarity", "clip_similarity_vitb32")
-    ),
-    "aesthetic": Measure(
-        "Aesthetic score",
-        "",
-        np.linspace(0, 10, 81),
-        columns=("aesthetic", "aesthetic_score", "aesthetic_score_laion_v2", "prediction"),
-    ),
-    "watermark": Measure("Watermark probability", "", np.linspace(0, 1, 51), columns=("pwatermark", "watermark_score")),
-    "unsafe": Measure("Unsafe probability", "", np.linspace(0, 1, 51), columns=("punsafe", "nsfw_score_opennsfw2")),
+    "similarity": Measure("CLIP similarity", "", np.linspace(0, 0.6, 121), is_score=True),
+    "aesthetic": Measure("Aesthetic score", "", np.linspace(0, 10, 81), is_score=True),
+    "watermark": Measure("Watermark probability", "", np.linspace(0, 1, 51), is_score=True),
+    "unsafe": Measure("Unsafe probability", "", np.linspace(0, 1, 51), is_score=True),
 }
 _BATCH_ROWS = 65_536
 
@@ -165,17 +158,20 @@ def _measure_scores(stats: ShardStats, path: Path, excluded: frozenset[str]) -> 
     """Scores that came with the metadata, of the samples that img2dataset could download and nothing excludes."""
     try:
         with pq.ParquetFile(path) as file:
-            names = {name.lower(): name for name in file.schema_arrow.names}
-            found = dict(_score_columns(names))
-            others = {names[name] for name in ("key", "status") if name in names}
-            for batch in file.iter_batches(_BATCH_ROWS, columns=[*found.values(), *others]) if found else ():
-                keys, status = (batch[names[name]].to_pylist() if name in names else None for name in ("key", "status"))
+            scores = [name for name, measure in MEASURES.items() if measure.is_score]
+            columns = {name: find_column(file.schema_arrow, name) for name in (*scores, "key", "status")}
+            found = {name: column for name, column in columns.items() if column is not None}
+            has_scores = any(name in found for name in scores)
+            for batch in file.iter_batches(_BATCH_ROWS, columns=list(found.values())) if has_scores else ():
+                keys, status = (batch[found[name]].to_pylist() if name in found else None for name in ("key", "status"))
                 kept = np.ones(len(batch), bool)
                 if status is not None:
                     kept &= np.array([value == "success" for value in status])
                 if keys is not None and excluded:
                     kept &= np.array([key not in excluded for key in keys])
-                for measure, column in found.items():
+                for measure in scores:
+                    if (column := found.get(measure)) is None:
+                        continue
                     values = np.array(batch[column].cast(pa.float64()).to_numpy(zero_copy_only=False))[kept]
                     known = values[np.isfinite(values)]
                     stats.histograms[measure].add(known)
@@ -183,11 +179,3 @@ def _measure_scores(stats: ShardStats, path: Path, excluded: frozenset[str]) -> 
                         stats.counts[f"samples without {measure}"] += len(values) - len(known)
     except pa.ArrowException as error:
         raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def _score_columns(names: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
-    for measure, description in MEASURES.items():
-        for column in description.columns:
-            if column in names:
-                yield measure, names[column]
-                break

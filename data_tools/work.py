@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from ipa_train.errors import ConfigError, DataError
+from ipa_train.errors import ConfigError, DataError, difference
 from ipa_train.runtime.files import atomic_write
 from ipa_train.runtime.processes import end_with_parent
 
@@ -92,6 +92,29 @@ def make_output_folder(path: Path, *, option: str = "--out") -> Path:
     if not os.access(path, os.W_OK):
         raise ConfigError(f"{option} {path}: cannot be written to.")
     return path
+
+
+def claim_folder(folder: Path, mark: str, facts: Mapping[str, Any]) -> None:
+    """Make an output folder this work's own: what it is made of and how is written to its file ``mark``, once.
+
+    Raises:
+        ConfigError: it holds shards of another origin, and what differs; or it cannot be used.
+    """
+    path = make_output_folder(folder) / mark
+    if not path.exists():
+        if any(folder.glob("*.tar")):
+            raise ConfigError(f"--out {folder} holds shards, and no {mark} says what they are; give another folder.")
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(facts, indent=1))
+    try:
+        there = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: damaged ({error}); give another folder, or delete this one.") from error
+    if there != json.loads(json.dumps(facts)):
+        raise ConfigError(
+            f"--out {folder} holds shards made in another way: {difference(there, facts)}; give another folder, or "
+            "delete this one."
+        )
 
 
 def run_tasks(

@@ -159,7 +159,7 @@ def test_a_rerun_packs_only_what_is_missing_and_notices_a_changed_list(photos, t
     assert pack(photos, out=out, shard_size=3) == 2
     shown = capfd.readouterr().err
     assert "entries was 7, now 6" in shown
-    assert "pack into another folder, or delete this one" in shown
+    assert "give another folder, or delete this one" in shown
 
 
 def test_a_shard_without_one_good_sample_is_not_written(photos, tmp_path):
@@ -197,7 +197,7 @@ def test_a_source_that_cannot_be_read_is_one_line(tmp_path, capfd, name, content
 def test_other_peoples_shards_are_not_mixed_with(photos, tmp_path, capfd):
     (tmp_path / "00000.tar").touch()
     assert pack(photos, out=tmp_path) == 2
-    assert "holds shards of another writer" in capfd.readouterr().err
+    assert "holds shards, and no pack.json says what they are" in capfd.readouterr().err
 
 
 def test_a_worker_reads_its_row_group_alone(photos, tmp_path):

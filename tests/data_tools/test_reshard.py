@@ -235,9 +235,9 @@ def test_other_folders_are_refused(source, tmp_path, capfd):
     (damaged / DESCRIPTION).write_text("{")
     for shards, out, message in (
         (changed, tmp_path / "out", "source was "),
-        (source, source, "is a folder of the source"),
+        (source, source, "holds the source"),
         (source, foreign, f"holds shards, and no {DESCRIPTION} says what they are"),
-        (source, damaged, "cannot be used: Expecting"),
+        (source, damaged, "damaged (Expecting"),
     ):
         assert reshard(shards, out) == 2
         assert message in capfd.readouterr().err
