@@ -19,12 +19,10 @@ def empty_for_transfer(*parts: tuple[tuple[int, ...], torch.dtype]) -> list[Tens
     lengths = [math.prod(shape) * dtype.itemsize for shape, dtype in parts]
     ends = np.cumsum([-(-length // _ALIGNMENT) * _ALIGNMENT for length in lengths]).tolist()
     if get_worker_info() is None:
-        block = torch.from_numpy(np.empty(ends[-1], np.uint8))  # NumPy asks for huge pages, torch does not
+        block = torch.from_numpy(np.empty(ends[-1], np.uint8)).untyped_storage()  # NumPy asks for huge pages
     else:
-        storage = torch.UntypedStorage._new_shared(ends[-1])  # type: ignore[no-untyped-call]
-        block = torch.empty(0, dtype=torch.uint8).set_(storage)
-    starts = [0, *ends[:-1]]
+        block = torch.UntypedStorage._new_shared(ends[-1])  # type: ignore[no-untyped-call]
     return [
-        block[start : start + length].view(dtype).view(shape)
-        for start, length, (shape, dtype) in zip(starts, lengths, parts, strict=True)
+        torch.empty(0, dtype=dtype).set_(block, start // dtype.itemsize, shape)  # type: ignore[call-overload]
+        for start, (shape, dtype) in zip([0, *ends[:-1]], parts, strict=True)
     ]
