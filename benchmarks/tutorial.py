@@ -1,6 +1,6 @@
 """What IP-Adapter's tutorial_train.py does to a picture, step by step, and the plain webdataset pipeline of the same.
 
-Its torchvision transforms are written out (PIL for the geometry, torch for the numbers), for torchvision itself need not
+Its torchvision transforms are written out (PIL for the geometry, torch for the numbers), so that torchvision need not
 be installed; its CLIPImageProcessor is the one of transformers that works with PIL, as it was then.
 """
 
