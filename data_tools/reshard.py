@@ -213,9 +213,7 @@ def run(args: argparse.Namespace) -> int:
     source = _open(job)
     index_id = source.index.index_id
     if job.out.resolve() in {shard.path.parent.resolve() for shard in source.index.shards}:
-        raise ConfigError(
-            f"--out {job.out} holds the source: the new shards would be mixed with it; give another."
-        )
+        raise ConfigError(f"--out {job.out} holds the source: the new shards would be mixed with it; give another.")
     claim_folder(job.out, DESCRIPTION, {"version": VERSION, "source": index_id, **asdict(recipe)})
     places = my_share(source.places(), args)
     paths = {place: job.out / source.name(place) for place in places}

@@ -28,7 +28,7 @@ from ipa_train.data.buckets import Bucket
 from ipa_train.data.index import Index
 from ipa_train.data.pictures import check_flip_rate, draw_flips
 from ipa_train.data.reader import ShardReader
-from ipa_train.data.transfer import empty_for_transfer
+from ipa_train.data.transfer import BatchMemory
 from ipa_train.errors import ConfigError, DataError, difference
 from ipa_train.runtime.files import atomic_write
 
@@ -251,14 +251,14 @@ class FeatureBatch:
     def __init__(self, loader: FeatureLoader, layout: Layout, size: Bucket, positions: Tensor) -> None:
         self.loader, self.layout = loader, layout
         count = len(positions)
-        self.positions, self.target_sizes, *tensors = empty_for_transfer(
+        self._memory = BatchMemory(
             ((count,), torch.int64),
             ((count, 2), torch.int64),
             *(((count, *t.shape), t.dtype) for t in layout.tensors),
         )
-        self.positions.copy_(positions)
-        self.target_sizes[:] = torch.tensor(size)
-        self.tensors = dict(zip((t.name for t in layout.tensors), tensors, strict=True))
+        own_positions, target_sizes, *tensors = self._memory.tensors
+        own_positions.copy_(positions)
+        target_sizes[:] = torch.tensor(size)
         self._header = bytearray(len(layout.header))
         self._buffers = list(zip(*map(_rows, tensors), strict=True))
         self._num_bytes = len(layout.header) + sum(tensor[0].nbytes for tensor in tensors)
@@ -275,17 +275,19 @@ class FeatureBatch:
 
     def finish(self, captions: list[str], keys: list[str]) -> Batch:
         """The batch, when every place is filled."""
+        positions, target_sizes, *tensors = self._memory.hand_over()
+        of = dict(zip((t.name for t in self.layout.tensors), tensors, strict=True))
         return Batch(
             content=Features(
-                latents_mean=self.tensors["latents_mean"],
-                latents_std=self.tensors.get("latents_std"),
-                image_features=self.tensors["image_features"],
+                latents_mean=of["latents_mean"],
+                latents_std=of.get("latents_std"),
+                image_features=of["image_features"],
             ),
             captions=captions,
-            positions=self.positions,
-            original_sizes=self.tensors["original_size"],
-            crop_top_lefts=self.tensors["crop_top_left"],
-            target_sizes=self.target_sizes,
+            positions=positions,
+            original_sizes=of["original_size"],
+            crop_top_lefts=of["crop_top_left"],
+            target_sizes=target_sizes,
             keys=keys,
         )
 

@@ -9,7 +9,7 @@ from ipa_train.data.batch import Batch, Pictures
 from ipa_train.data.buckets import Bucket
 from ipa_train.data.decode import Decoder
 from ipa_train.data.reader import ShardReader
-from ipa_train.data.transfer import empty_for_transfer
+from ipa_train.data.transfer import BatchMemory
 from ipa_train.errors import ConfigError, did_you_mean
 from ipa_train.runtime.seeding import Draws
 
@@ -61,15 +61,12 @@ class PictureBatch:
         pictures = [((count, *size, 3), torch.uint8)]
         if loader.image_prompt_size is not None:
             pictures.append(((count, loader.image_prompt_size, loader.image_prompt_size, 3), torch.uint8))
-        self.positions, self.original_sizes, self.crop_top_lefts, self.target_sizes, self.pixels, *prompts = (
-            empty_for_transfer(((count,), torch.int64), sides, sides, sides, *pictures)
-        )
-        self.prompts = prompts[0] if prompts else None
-        self._pixels = self.pixels.numpy()
-        self._prompts = None if self.prompts is None else self.prompts.numpy()
-        self._original_sizes, self._crop_top_lefts = self.original_sizes.numpy(), self.crop_top_lefts.numpy()
-        self.positions.copy_(positions)
-        self.target_sizes[:] = torch.tensor(size)
+        self._memory = BatchMemory(((count,), torch.int64), sides, sides, sides, *pictures)
+        own_positions, original_sizes, crop_top_lefts, target_sizes, pixels, *prompts = self._memory.tensors
+        own_positions.copy_(positions)
+        target_sizes[:] = torch.tensor(size)
+        self._original_sizes, self._crop_top_lefts = original_sizes.numpy(), crop_top_lefts.numpy()
+        self._pixels, self._prompts = pixels.numpy(), [prompt.numpy() for prompt in prompts]
         self.crops = None
         if loader.crop == "random":
             self.crops = Draws(loader.seed, positions).uniform("crop", (2,)).tolist()
@@ -80,7 +77,7 @@ class PictureBatch:
         placement = self.loader.decoder(
             data,
             pixels=self._pixels[i],
-            image_prompt=None if self._prompts is None else self._prompts[i],
+            image_prompt=self._prompts[0][i] if self._prompts else None,
             crop_at=None if self.crops is None else tuple(self.crops[i]),
             flip=self.flips[i],
         )
@@ -90,15 +87,16 @@ class PictureBatch:
 
     def finish(self, captions: list[str], keys: list[str]) -> Batch:
         """The batch of the places filled so far: all of them, or the first ones."""
-        count = len(captions)
-        prompts = None if self.prompts is None else self.prompts[:count].permute(0, 3, 1, 2)
+        filled = [rows[: len(captions)] for rows in self._memory.hand_over()]
+        positions, original_sizes, crop_top_lefts, target_sizes, *pictures = filled
+        pixels, *prompts = (rows.permute(0, 3, 1, 2) for rows in pictures)
         return Batch(
-            content=Pictures(pixels=self.pixels[:count].permute(0, 3, 1, 2), separate_prompts=prompts),
+            content=Pictures(pixels=pixels, separate_prompts=prompts[0] if prompts else None),
             captions=captions,
-            positions=self.positions[:count],
-            original_sizes=self.original_sizes[:count],
-            crop_top_lefts=self.crop_top_lefts[:count],
-            target_sizes=self.target_sizes[:count],
+            positions=positions,
+            original_sizes=original_sizes,
+            crop_top_lefts=crop_top_lefts,
+            target_sizes=target_sizes,
             keys=keys,
         )
 

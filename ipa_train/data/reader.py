@@ -22,8 +22,8 @@ _MAX_GAP_BYTES = 2**16
 class _OpenShard:
     descriptor: int
     rows: ndarray
-    by_bucket: list[ndarray] | None
-    """Row numbers of each bucket, where the shard's pictures fall into several."""
+    by_bucket: list[ndarray]
+    """Row numbers of each bucket, where the shard's pictures fall into several; else empty."""
 
 
 class ShardReader:
@@ -37,12 +37,11 @@ class ShardReader:
     def counts(self, shard: int) -> list[int]:
         """Samples of a shard in each bucket. Raises DataError as :meth:`read` does."""
         opened = self._shard(shard)
-        return [len(opened.rows)] if opened.by_bucket is None else [len(numbers) for numbers in opened.by_bucket]
+        return [len(numbers) for numbers in opened.by_bucket] if self.buckets else [len(opened.rows)]
 
     def row(self, shard: int, bucket: int, number: int) -> int:
         """Row of the shard's ``number``-th sample in a bucket. Raises DataError as :meth:`read` does."""
-        by_bucket = self._shard(shard).by_bucket
-        return number if by_bucket is None else int(by_bucket[bucket][number])
+        return int(self._shard(shard).by_bucket[bucket][number]) if self.buckets else number
 
     def read(self, shard: int, row: int) -> tuple[bytes, str, str]:
         """Return (content bytes, caption, key).
@@ -121,7 +120,7 @@ class ShardReader:
             source = self.index.shards[shard]
             try:
                 rows = source.rows()
-                by_bucket = None
+                by_bucket = []
                 if self.buckets:
                     numbers = shard_buckets(rows, self.buckets)
                     by_bucket = [np.flatnonzero(numbers == bucket) for bucket in range(len(self.buckets))]
