@@ -17,14 +17,19 @@ import tests.typechecker  # noqa: F401 - the hook finds it by name
 warnings.filterwarnings("ignore", category=BeartypeDecorHintPep585DeprecationWarning)  # omegaconf's own hints
 install_import_hook("ipa_train", "tests.typechecker.typechecker")
 
+import threading
+
 import pytest
 import torch
+from tqdm import tqdm
 
 from ipa_train.bases import StableDiffusion
 from ipa_train.bases.tiny import save_tiny_models
 from ipa_train.conditioning.image_encoder import CLIPImageEncoder
 
 torch.set_num_threads(1)
+# tqdm's own lock is shared with forked processes: one that a test kills while it holds it would block all later ones.
+tqdm.set_lock(threading.RLock())
 
 
 @pytest.fixture(scope="session")
