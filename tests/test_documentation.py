@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "data_tools" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "conf" / "experiment").glob("*.yaml")),
     *sorted((ROOT / "ipa_train" / "cli").glob("*.py")),
