@@ -124,7 +124,7 @@ class StreamDataset(Dataset[LoadedBatch]):
             except DataError as error:
                 source, position = reader.index.shards[shard], int(places.positions[i])
                 key = reader.key(shard, row)
-                bad.append(BadSample(position, str(source.path), source.entry.num_samples, row, key, str(error)))
+                bad.append(BadSample(position, source.tar.location, source.entry.num_samples, row, key, str(error)))
         worst = "; ".join(f"{b.shard}/{b.key}: {b.error}" for b in bad[-MAX_ATTEMPTS:])
         raise DataError(f"{MAX_ATTEMPTS} samples in a row are bad, the shards are damaged: {worst}")
 

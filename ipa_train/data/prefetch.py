@@ -1,0 +1,178 @@
+"""Remote shards are downloaded ahead of training in the order of the plan, and evicted when they are no longer needed.
+
+One process per node does it, so that neither Python's lock nor a fork of the training process meets its threads. It
+holds those shards that come next, as many as fit into ``data.cache_gib``; what is not among them is evicted. Readers
+depend on none of this: they download what they do not find.
+"""
+
+import heapq
+import logging
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from multiprocessing.connection import Connection
+from operator import itemgetter
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+from numpy import ndarray
+
+from ipa_train.data.index import Shard
+from ipa_train.data.local_copies import GIB, LocalCopies
+from ipa_train.data.plan import Plan
+from ipa_train.data.sources import RemoteFile
+from ipa_train.data.stream import Stream
+from ipa_train.errors import ConfigError
+
+NUM_CONNECTIONS = 4
+_MAX_WINDOWS = 20_000
+_TICK_SECONDS = 0.1
+_log = logging.getLogger(__name__)
+
+
+def shards_ahead(stream: Stream, positions: Int64[ndarray, "buckets"], *, max_bytes: int) -> list[int]:
+    """Remote shards in the order in which the stream needs them from ``positions`` on, as many as fit together."""
+    sizes = _remote_sizes(stream)
+    windows = heapq.merge(*(_windows(stream, *part) for part in stream.parts(positions)), key=itemgetter(0))
+    wanted: dict[int, None] = {}
+    for shard in (shard for _, shards in islice(windows, _MAX_WINDOWS) for shard in shards):
+        if shard in sizes and shard not in wanted:
+            max_bytes -= sizes[shard]
+            if max_bytes < 0:
+                break
+            wanted[shard] = None
+            if len(wanted) == len(sizes):
+                break
+    return list(wanted)
+
+
+def require_room(stream: Stream, copies: LocalCopies) -> None:
+    """Raise ConfigError unless the shards that are read at once fit: those of the open windows and of the next ones."""
+    sizes, needed = _remote_sizes(stream), set[int]()
+    for bucket, plan, position, share in stream.parts(np.zeros(len(stream.plans), np.int64)):
+        for samples, shards in _windows(stream, bucket, plan, position, share):
+            if samples * share > plan.round_size:
+                break
+            needed.update(shards)
+    num_bytes = sum(sizes.get(shard, 0) for shard in needed)
+    if num_bytes > copies.max_bytes:
+        raise ConfigError(
+            f"data.cache_gib={copies.max_bytes / GIB:.3g} cannot hold the {len(needed)} shards that are read at once: "
+            f"give at least {1.1 * num_bytes / GIB:.3g}, or lower data.num_lanes or data.window_size."
+        )
+
+
+def _remote_sizes(stream: Stream) -> dict[int, int]:
+    """Bytes of each remote shard that holds samples, by its number."""
+    shards = enumerate(stream.loader.reader.index.shards)
+    return {n: s.entry.tar_bytes for n, s in shards if isinstance(s.tar, RemoteFile) and s.entry.num_samples}
+
+
+def _windows(stream: Stream, bucket: int, plan: Plan, position: int, share: float) -> Iterator[tuple[float, list[int]]]:
+    """The windows of a part of the stream, in samples of the whole stream."""
+    for samples, groups in plan.windows(position):
+        yield samples / share, [stream.loader.shard(int(group), bucket) for group in groups]
+
+
+class Download(NamedTuple):
+    """What came of one."""
+
+    shard: int
+    is_again: bool
+    """It had been downloaded before, and evicted."""
+    error: str
+
+
+class Prefetcher:
+    """Runs the process from the training process; start one on each node."""
+
+    def __init__(self, stream: Stream, positions: Int64[ndarray, "buckets"], copies: LocalCopies) -> None:
+        self.num_downloaded = self.num_again = 0
+        self._positions = positions
+        copies.prepare()
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_run, args=(theirs, stream, positions, copies), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def advance(self, positions: Int64[ndarray, "buckets"]) -> None:
+        """Say what has been consumed, and note what has been downloaded meanwhile."""
+        try:
+            if not np.array_equal(positions, self._positions):
+                self._connection.send(positions)
+                self._positions = positions
+            while self._connection.poll():
+                download: Download = self._connection.recv()
+                self.num_downloaded += not download.error
+                self.num_again += download.is_again
+                if download.error:
+                    _log.warning("data: %s", download.error)
+        except (OSError, EOFError):
+            if not self._connection.closed:
+                _log.warning("data: the prefetcher has ended; shards are downloaded when they are needed")
+                self._connection.close()
+
+    def stop(self) -> None:
+        """End the process; what it has half done it leaves to the next one to begin anew."""
+        _log.info("data: %d shards downloaded, %d of them again", self.num_downloaded, self.num_again)
+        self._connection.close()
+        self._process.terminate()
+        self._process.join()
+
+
+def _run(connection: Connection, stream: Stream, positions: Int64[ndarray, "buckets"], copies: LocalCopies) -> None:
+    """Download until the training process is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to answer
+    shards = stream.loader.reader.index.shards
+    downloads = _Downloads(shards)
+    wanted = shards_ahead(stream, positions, max_bytes=copies.max_bytes)
+    try:
+        while True:
+            present = copies.keep_only({shards[number].path for number in wanted})
+            downloads.start([number for number in wanted if shards[number].path not in present])
+            for download in downloads.finished():
+                connection.send(download)
+            if connection.poll(_TICK_SECONDS):
+                while connection.poll():
+                    positions = connection.recv()
+                wanted = shards_ahead(stream, positions, max_bytes=copies.max_bytes)
+    except (EOFError, OSError):
+        os._exit(0)  # an ordinary exit would wait for the downloads
+
+
+class _Downloads:
+    """A few downloads at a time."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = shards
+        self.pool = ThreadPoolExecutor(NUM_CONNECTIONS)
+        self.running: dict[int, Future[None]] = {}
+        self.seen: set[int] = set()
+        self.failed: set[int] = set()
+
+    def start(self, wanted: Sequence[int]) -> None:
+        """Start the first ones of what is ``wanted`` and neither running nor known to fail."""
+        self.failed.intersection_update(wanted)
+        waiting = (number for number in wanted if number not in self.running and number not in self.failed)
+        for number in islice(waiting, NUM_CONNECTIONS - len(self.running)):
+            self.running[number] = self.pool.submit(self._download, self.shards[number])
+
+    def finished(self) -> Iterator[Download]:
+        """What has come to its end since the last call."""
+        for number in [number for number, future in self.running.items() if future.done()]:
+            error = self.running.pop(number).exception()
+            if error is None:
+                yield Download(number, number in self.seen, "")
+                self.seen.add(number)
+            else:
+                yield Download(number, False, str(error))
+                self.failed.add(number)
+
+    @staticmethod
+    def _download(shard: Shard) -> None:
+        os.close(shard.open())
