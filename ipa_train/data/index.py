@@ -190,7 +190,7 @@ def build_index(
     folders = {tar.path.parent: index_dir or tar.path.parent for tar in tars}
     known = {folder: read_entries(folder) for folder in set(folders.values())}
     excluded = {folder: _read_excluded(folder) for folder in known}
-    shards: dict[LocalFile | RemoteFile, Shard] = {}
+    shards: dict[str, Shard] = {}
     stale: list[_Stale] = []
     for tar in tars:
         folder = folders[tar.path.parent]
@@ -202,7 +202,7 @@ def build_index(
             _hash_keys(keys),
         )
         if entry and is_current and rows_path.exists():
-            shards[tar] = Shard(tar, rows_path, entry)
+            shards[tar.location] = Shard(tar, rows_path, entry)
         else:
             stale.append((tar, rows_path, keys))
     if stale:
@@ -215,7 +215,7 @@ def build_index(
                 if isinstance(result, DataError):
                     refused.append(result)
                     continue
-                shards[result.tar] = result
+                shards[result.tar.location] = result
                 known[result.rows_path.parent][result.rows_path.name] = result.entry
                 if number % _SAVE_EVERY == 0:
                     write_entries(known)
@@ -223,7 +223,7 @@ def build_index(
             write_entries(known)
         if refused:
             raise DataError(" | ".join(map(str, refused[:_MAX_NAMED])) + _and_more(len(refused) - _MAX_NAMED))
-    return Index(tuple(shards[tar] for tar in tars))
+    return Index(tuple(shards[tar.location] for tar in tars))
 
 
 def _find_tars(
