@@ -189,7 +189,7 @@ class StreamingDataModule(lightning.LightningDataModule):
                 bucket_step=self.bucket_step,
                 max_aspect_ratio=self.max_aspect_ratio,
             )
-        names = {shard.path.parent: name for name, index in self._indices.items() for shard in index.shards}
+        names = {shard.tar.folder: name for name, index in self._indices.items() for shard in index.shards}
         of_group = np.array([names[folder] for folder in loader.group_folders])
         sources = {name: np.flatnonzero(of_group == name) for name in self._indices}
         return self._with_room(make_stream(loader, loader.buckets, loader.counts, sources, **options))

@@ -38,13 +38,22 @@ class LocalFile:
         """The path, for messages."""
         return str(self.path)
 
+    @property
+    def folder(self) -> str:
+        """The folder it lies in."""
+        return str(self.path.parent)
+
     def open(self) -> int:
         """A descriptor. Raises OSError if it cannot be opened."""
         return os.open(self.path, os.O_RDONLY)
 
     def has_beside(self, name: str) -> bool:
-        """Whether the file's folder holds a file of this name."""
+        """Whether its folder holds a file of this name."""
         return self.path.with_name(name).exists()
+
+    def read_beside(self, name: str) -> bytes:
+        """Read a small file of its folder. Raises FileNotFoundError."""
+        return self.path.with_name(name).read_bytes()
 
 
 @dataclass(frozen=True)
@@ -66,11 +75,15 @@ class RemoteFile:
         return without_query(self.url)
 
     @property
+    def folder(self) -> str:
+        """The folder it lies in on the server."""
+        return self.location.rpartition("/")[0]
+
+    @property
     def path(self) -> Path:
         """Where the local copy lies, or will."""
-        parent, name = self.location.rpartition("/")[0], PurePosixPath(self.name)
-        identity = f"{self.version.num_bytes}-{self.version.tag}"
-        return self.copies.folder / _hash(parent) / f"{name.stem}-{_hash(identity)}{name.suffix}"
+        name, identity = PurePosixPath(self.name), f"{self.version.num_bytes}-{self.version.tag}"
+        return self.copies.folder / _hash(self.folder) / f"{name.stem}-{_hash(identity)}{name.suffix}"
 
     def open(self) -> int:
         """A descriptor of the copy, downloaded if it is not there; while it is locked, the copy is not evicted.
@@ -88,14 +101,23 @@ class RemoteFile:
             raise DataError(f"{self.location}: no copy in {self.copies.folder}: {error.strerror}") from error
 
     def has_beside(self, name: str) -> bool:
-        """Whether the server has a file of this name beside it. Raises DataError if it does not answer."""
-        before, question_mark, query = self.url.partition("?")
-        url = f"{before.rpartition('/')[0]}/{name}{question_mark}{query}"
+        """Whether its folder holds a file of this name. Raises DataError if the server does not answer."""
         try:
-            ask_version(url, patience_seconds=self.copies.patience_seconds)
+            self._ask_beside(name)
         except FileNotFoundError:
             return False
         return True
+
+    def read_beside(self, name: str) -> bytes:
+        """Read a small file of its folder. Raises FileNotFoundError; DataError if the server does not answer."""
+        url, version = self._ask_beside(name)
+        size, patience = version.num_bytes, self.copies.patience_seconds
+        return read_piece(url, 0, size, num_bytes=size, patience_seconds=patience)
+
+    def _ask_beside(self, name: str) -> tuple[str, Version]:
+        _, question_mark, query = self.url.partition("?")
+        url = f"{self.folder}/{name}{question_mark}{query}"
+        return url, ask_version(url, patience_seconds=self.copies.patience_seconds)
 
     def _download(self) -> None:
         """Download it, unless another process has done so in the meantime."""
