@@ -212,6 +212,10 @@ class StreamingDataModule(lightning.LightningDataModule):
             self._prefetcher.stop()
             self._prefetcher = None
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Stop downloading."""
+        self.teardown("fit")
+
     def accumulate_grad_batches(self, world_size: int) -> int:
         """Micro-batches per optimizer step on each of ``world_size`` ranks; ConfigError if the sizes do not divide."""
         return count_micro_batches(

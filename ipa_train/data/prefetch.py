@@ -119,7 +119,7 @@ class Prefetcher:
 
     def stop(self) -> None:
         """End the process; what it has half done it leaves to the next one to begin anew."""
-        _log.info("data: %d shards downloaded, %d of them again", self.num_downloaded, self.num_again)
+        _log.info("prefetch: %d shards downloaded, %d of them again", self.num_downloaded, self.num_again)
         self._connection.close()
         self._process.terminate()
         self._process.join()

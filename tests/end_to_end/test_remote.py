@@ -1,0 +1,44 @@
+"""Training from a web server: the same losses as from a disk, within the cap, and nothing is left running."""
+
+import multiprocessing
+import shutil
+
+from ipa_train.cli.main import main
+from ipa_train.data.local_copies import GIB
+from tests.data.servers import http_server
+from tests.end_to_end.conftest import loss_curve, write_shards
+
+
+def test_training_from_a_server_is_training_from_a_disk(train_command, shards, tmp_path):
+    assert main(train_command("local", "trainer.max_steps=4")) == 0
+    cap = sum(path.stat().st_size for path in shards.glob("*.tar")) * 1.01 / GIB
+    with http_server(shards) as server:
+        remote = [
+            f"data.shards={server.url}/{{00000..00002}}.tar",
+            f"data.index_dir={tmp_path / 'index'}",
+            f"data.cache_dir={tmp_path / 'cache'}",
+            f"data.cache_gib={cap}",
+        ]
+        for max_steps, workers in ((2, 0), (4, 2)):
+            options = (f"trainer.max_steps={max_steps}", f"data.num_workers={workers}")
+            assert main(train_command("remote", *options, *remote)) == 0
+        assert server.count("GET") == 3, "a resumed run finds what the first has downloaded"
+    assert loss_curve(tmp_path / "remote") == loss_curve(tmp_path / "local")
+    assert not multiprocessing.active_children()
+
+
+def test_a_run_that_fails_leaves_no_downloads_behind(train_command, shards, tmp_path, capfd):
+    with http_server(write_shards(tmp_path / "shards")) as server:
+        remote = [
+            f"data.shards={server.url}/{{00000..00002}}.tar",
+            f"data.index_dir={tmp_path / 'index'}",
+            f"data.cache_dir={tmp_path / 'cache'}",
+            "data.patience_seconds=0.1",
+        ]
+        assert main(train_command("gone", "trainer.max_steps=2", *remote)) == 0
+        shutil.rmtree(tmp_path / "cache")
+        for path in server.folder.glob("*.tar"):
+            server.faults[path.name] = [("status", 500)] * 1000
+        assert main(train_command("gone", "trainer.max_steps=6", *remote)) == 2
+    assert "8 samples in a row are bad, the shards are damaged" in capfd.readouterr().err
+    assert not multiprocessing.active_children()
