@@ -61,7 +61,7 @@ def build_data(config: DictConfig, module: AdapterTraining) -> StreamingDataModu
         encoders=module.encoders_identity(),
     )
     if rank() == 0:
-        _ = data.stream
+        data.prepare_data()
     return data
 
 

@@ -245,7 +245,7 @@ class StreamingDataModule(lightning.LightningDataModule):
             world_size=world_size,
         )
         return DataLoader(
-            StreamDataset(stream.plans, stream.loader),
+            self.dataset(start, rank),
             sampler=sampler,
             batch_size=None,
             num_workers=workers,
@@ -258,7 +258,12 @@ class StreamingDataModule(lightning.LightningDataModule):
         stream = self.stream
         bucket, _, _ = BucketSchedule(stream.shares, np.zeros(len(stream.buckets), np.int64)).step(num_samples)
         positions = rank_share(stream.plans[bucket], 0, num_samples, 0, 1)
-        return StreamDataset(stream.plans, stream.loader)[Places(bucket, positions, positions)].batch
+        dataset = self.dataset(np.zeros(len(stream.buckets), np.int64), 0)
+        return dataset[Places(bucket, positions, positions)].batch
+
+    def dataset(self, start: np.ndarray, rank: int) -> StreamDataset:
+        """What a rank's loader takes batches from; here it is the same for all ranks and starts."""
+        return StreamDataset(self.stream.plans, self.stream.loader)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Take out the report of bad samples, and stop when there are too many."""

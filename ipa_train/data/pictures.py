@@ -71,6 +71,11 @@ class PictureBatch:
     def load(self, i: int, shard: int, row: int) -> tuple[str, str]:
         """Read and decode a sample into place ``i``; return (caption, key). Raises DataError if it is bad."""
         data, caption, key = self.loader.reader.read(shard, row)
+        self.fill(i, data)
+        return caption, key
+
+    def fill(self, i: int, data: bytes) -> None:
+        """Decode a stored picture into place ``i``. Raises DataError if it is bad."""
         placement = self.loader.decoder(
             data,
             pixels=self.pixels[i].numpy(),
@@ -80,7 +85,6 @@ class PictureBatch:
         )
         self.original_sizes[i] = torch.tensor(placement.original_size)
         self.crop_top_lefts[i] = torch.tensor(placement.crop_top_left)
-        return caption, key
 
     def finish(self, captions: list[str], keys: list[str]) -> Batch:
         """The batch, when every place is filled."""

@@ -96,7 +96,7 @@ def persist(action: Callable[[], T], url: str, *, patience_seconds: float) -> T:
         except Exception as raised:  # the clients of four protocols raise nearly anything
             error = _cause(raised)
             if isinstance(error, FileNotFoundError):
-                raise error from None
+                raise FileNotFoundError(f"{without_query(url)}: there is no such file") from None
             if attempt == _MAX_ATTEMPTS or _is_final(error):
                 reason = str(error).replace(url, without_query(url)).partition("\n")[0]
                 reason = f"no answer within {patience_seconds:g} s" if isinstance(error, TimeoutError) else reason

@@ -28,6 +28,12 @@ class BadSample:
     error: str
 
 
+def all_bad(attempts: list[BadSample]) -> DataError:
+    """What to raise when a sample and all its substitutes are bad."""
+    worst = "; ".join(f"{bad.shard}/{bad.key}: {bad.error}" for bad in attempts)
+    return DataError(f"{len(attempts)} samples in a row are bad, the shards are damaged: {worst}")
+
+
 class ErrorBudget:
     """Keeps count of bad samples in the process that trains, and says when it is too much.
 

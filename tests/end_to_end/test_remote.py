@@ -42,3 +42,14 @@ def test_a_run_that_fails_leaves_no_downloads_behind(train_command, shards, tmp_
         assert main(train_command("gone", "trainer.max_steps=6", *remote)) == 2
     assert "8 samples in a row are bad, the shards are damaged" in capfd.readouterr().err
     assert not multiprocessing.active_children()
+
+
+def test_the_fallback_trains_and_goes_on(train_command, shards, tmp_path, capfd):
+    source = [f"data.shards='pipe:cat {shards}/{{00000..00002}}.tar'", "data=webdataset", "data.allow_shell=true"]
+    command = train_command("streamed", *source)
+    assert main(["check", *command[1:]]) == 0
+    assert "3 sources, streamed without an index" in capfd.readouterr().out
+    for max_steps, workers in ((2, 0), (4, 2)):
+        assert main([*command, f"trainer.max_steps={max_steps}", f"data.num_workers={workers}"]) == 0
+        assert capfd.readouterr().err.count("order, resume and every sample once per epoch do not hold") == 1
+    assert sorted(loss_curve(tmp_path / "streamed")) == [1, 2, 3, 4]
