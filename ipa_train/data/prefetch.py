@@ -10,7 +10,8 @@ import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -30,13 +31,17 @@ from ipa_train.errors import ConfigError
 
 NUM_CONNECTIONS = 4
 _MAX_WINDOWS = 20_000
-_TICK_SECONDS = 0.1
+_TICK_SECONDS = 0.2
 _log = logging.getLogger(__name__)
 
 
-def shards_ahead(stream: Stream, positions: Int64[ndarray, "buckets"], *, max_bytes: int) -> list[int]:
-    """Remote shards in the order in which the stream needs them from ``positions`` on, as many as fit together."""
-    sizes = _remote_sizes(stream)
+def shards_ahead(
+    stream: Stream, positions: Int64[ndarray, "buckets"], sizes: Mapping[int, int], *, max_bytes: int
+) -> list[int]:
+    """Remote shards in the order in which the stream needs them from ``positions`` on, as many as fit together.
+
+    ``sizes`` are those of :func:`remote_sizes`.
+    """
     windows = heapq.merge(*(_windows(stream, *part) for part in stream.parts(positions)), key=itemgetter(0))
     wanted: dict[int, None] = {}
     for shard in (shard for _, shards in islice(windows, _MAX_WINDOWS) for shard in shards):
@@ -52,10 +57,10 @@ def shards_ahead(stream: Stream, positions: Int64[ndarray, "buckets"], *, max_by
 
 def require_room(stream: Stream, copies: LocalCopies) -> None:
     """Raise ConfigError unless the shards that are read at once fit: those of the open windows and of the next ones."""
-    sizes, needed = _remote_sizes(stream), set[int]()
+    sizes, needed = remote_sizes(stream), set[int]()
     for bucket, plan, position, share in stream.parts(np.zeros(len(stream.plans), np.int64)):
         for samples, shards in _windows(stream, bucket, plan, position, share):
-            if samples * share > plan.round_size:
+            if samples * share > plan.round_size + plan.num_lanes:
                 break
             needed.update(shards)
     num_bytes = sum(sizes.get(shard, 0) for shard in needed)
@@ -66,7 +71,7 @@ def require_room(stream: Stream, copies: LocalCopies) -> None:
         )
 
 
-def _remote_sizes(stream: Stream) -> dict[int, int]:
+def remote_sizes(stream: Stream) -> dict[int, int]:
     """Bytes of each remote shard that holds samples, by its number."""
     shards = enumerate(stream.loader.reader.index.shards)
     return {n: s.entry.tar_bytes for n, s in shards if isinstance(s.tar, RemoteFile) and s.entry.num_samples}
@@ -129,18 +134,20 @@ def _run(connection: Connection, stream: Stream, positions: Int64[ndarray, "buck
     """Download until the training process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to answer
     shards = stream.loader.reader.index.shards
-    downloads = _Downloads(shards)
-    wanted = shards_ahead(stream, positions, max_bytes=copies.max_bytes)
+    downloads, sizes = _Downloads(shards), remote_sizes(stream)
+    paths = {number: shards[number].path for number in sizes}
+    wanted = shards_ahead(stream, positions, sizes, max_bytes=copies.max_bytes)
     try:
         while True:
-            present = copies.keep_only({shards[number].path for number in wanted})
-            downloads.start([number for number in wanted if shards[number].path not in present])
+            present = copies.keep_only({paths[number] for number in wanted})
+            downloads.want([number for number in wanted if paths[number] not in present])
             for download in downloads.finished():
                 connection.send(download)
-            if connection.poll(_TICK_SECONDS):
+            time.sleep(_TICK_SECONDS)
+            if connection.poll():
                 while connection.poll():
                     positions = connection.recv()
-                wanted = shards_ahead(stream, positions, max_bytes=copies.max_bytes)
+                wanted = shards_ahead(stream, positions, sizes, max_bytes=copies.max_bytes)
     except (EOFError, OSError):
         os._exit(0)  # an ordinary exit would wait for the downloads
 
@@ -155,12 +162,15 @@ class _Downloads:
         self.seen: set[int] = set()
         self.failed: set[int] = set()
 
-    def start(self, wanted: Sequence[int]) -> None:
-        """Start the first ones of what is ``wanted`` and neither running nor known to fail."""
+    def want(self, wanted: Sequence[int]) -> None:
+        """Queue what is ``wanted`` and not known to fail, in its order; forget what is not wanted any more."""
         self.failed.intersection_update(wanted)
-        waiting = (number for number in wanted if number not in self.running and number not in self.failed)
-        for number in islice(waiting, NUM_CONNECTIONS - len(self.running)):
-            self.running[number] = self.pool.submit(self._download, self.shards[number])
+        for number in self.running.keys() - wanted:
+            if self.running[number].cancel():
+                del self.running[number]
+        for number in wanted:
+            if number not in self.running and number not in self.failed:
+                self.running[number] = self.pool.submit(self._download, self.shards[number])
 
     def finished(self) -> Iterator[Download]:
         """What has come to its end since the last call."""

@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from ipa_train.data.cache import CacheDescription, shard_name
 from ipa_train.data.index import build_index
 from ipa_train.data.local_copies import GIB, LocalCopies
-from ipa_train.data.prefetch import NUM_CONNECTIONS, Prefetcher, shards_ahead
+from ipa_train.data.prefetch import NUM_CONNECTIONS, Prefetcher, remote_sizes, shards_ahead
 from ipa_train.data.remote import ask_version
 from ipa_train.data.sources import RemoteFile
 from ipa_train.errors import ConfigError, DataError
@@ -346,8 +346,9 @@ def test_shards_arrive_in_the_order_of_the_plan_before_they_are_used(tmp_path):
     with http_server(folder) as server:
         data = remote_data(server, tmp_path, num_lanes=2, window_size=6, cache_gib=12 * size / GIB)
         plan, copies, start = data.stream, data.copies, np.zeros(1, np.int64)
-        order = shards_ahead(plan, start, max_bytes=2**40)
-        first = shards_ahead(plan, start, max_bytes=copies.max_bytes)
+        sizes = remote_sizes(plan)
+        order = shards_ahead(plan, start, sizes, max_bytes=2**40)
+        first = shards_ahead(plan, start, sizes, max_bytes=copies.max_bytes)
         assert order[: len(first)] == first
         assert 12 <= len(first) < 24
         copies.keep_only(())
@@ -363,7 +364,7 @@ def test_shards_arrive_in_the_order_of_the_plan_before_they_are_used(tmp_path):
 
         later = np.array([72])
         prefetcher.advance(later)
-        second = shards_ahead(plan, later, max_bytes=copies.max_bytes)
+        second = shards_ahead(plan, later, sizes, max_bytes=copies.max_bytes)
         wait_for(lambda: {n for n, path in enumerate(paths) if path.exists()} == set(second))
         assert copies.num_bytes() <= copies.max_bytes
         assert set(server.names("GET")) == {f"{n:05d}.tar" for n in set(second) - set(first)}
