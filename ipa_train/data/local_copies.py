@@ -3,7 +3,7 @@
     cache_dir/5f1c/00000-9a3e.tar           a copy; its name holds a hash of where it is from, its length and version
     cache_dir/5f1c/00000-9a3e.tar.part      a download, written by whoever holds its lock; what a killed process left is
                                             begun anew, never gone on with: after a crash it may have holes
-    cache_dir/5f1c/00000-9a3e.tar.failed    why it could not be downloaded; for ten minutes nobody tries again
+    cache_dir/5f1c/00000-9a3e.tar.failed    why it could not be downloaded; for two minutes no reader tries again
 
 A reader's open descriptor outlives the eviction of the copy, so nothing needs to know who reads what.
 """

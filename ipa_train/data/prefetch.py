@@ -116,10 +116,10 @@ class Prefetcher:
                 self.num_downloaded += not download.error
                 self.num_again += download.is_again
                 if download.error:
-                    _log.warning("data: %s", download.error)
+                    _log.warning("prefetch: %s; it will be tried again", download.error)
         except (OSError, EOFError):
             if not self._connection.closed:
-                _log.warning("data: the prefetcher has ended; shards are downloaded when they are needed")
+                _log.warning("prefetch: the process has ended; shards are downloaded when they are needed")
                 self._connection.close()
 
     def stop(self) -> None:
@@ -134,7 +134,7 @@ def _run(connection: Connection, stream: Stream, positions: Int64[ndarray, "buck
     """Download until the training process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to answer
     shards = stream.loader.reader.index.shards
-    downloads, sizes = _Downloads(shards), remote_sizes(stream)
+    downloads, sizes = Downloads(shards), remote_sizes(stream)
     paths = {number: shards[number].path for number in sizes}
     wanted = shards_ahead(stream, positions, sizes, max_bytes=copies.max_bytes)
     try:
@@ -148,28 +148,28 @@ def _run(connection: Connection, stream: Stream, positions: Int64[ndarray, "buck
                 while connection.poll():
                     positions = connection.recv()
                 wanted = shards_ahead(stream, positions, sizes, max_bytes=copies.max_bytes)
-    except (EOFError, OSError):
+    except (EOFError, ConnectionError):
         os._exit(0)  # an ordinary exit would wait for the downloads
 
 
-class _Downloads:
-    """A few downloads at a time."""
+class Downloads:
+    """A few downloads at a time; what fails is tried again after a pause, for as long as it is wanted."""
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self.shards = shards
+    def __init__(self, shards: Sequence[Shard], *, pause_seconds: float = 30.0) -> None:
+        self.shards, self.pause_seconds = shards, pause_seconds
         self.pool = ThreadPoolExecutor(NUM_CONNECTIONS)
         self.running: dict[int, Future[None]] = {}
         self.seen: set[int] = set()
-        self.failed: set[int] = set()
+        self.paused: dict[int, float] = {}
+        """When each of those that have failed may be tried again."""
 
     def want(self, wanted: Sequence[int]) -> None:
-        """Queue what is ``wanted`` and not known to fail, in its order; forget what is not wanted any more."""
-        self.failed.intersection_update(wanted)
+        """Queue what is ``wanted``, in its order, and forget what is not wanted any more."""
         for number in self.running.keys() - wanted:
             if self.running[number].cancel():
                 del self.running[number]
         for number in wanted:
-            if number not in self.running and number not in self.failed:
+            if number not in self.running and self.paused.get(number, 0.0) < time.monotonic():
                 self.running[number] = self.pool.submit(self._download, self.shards[number])
 
     def finished(self) -> Iterator[Download]:
@@ -180,9 +180,12 @@ class _Downloads:
                 yield Download(number, number in self.seen, "")
                 self.seen.add(number)
             else:
-                yield Download(number, False, str(error))
-                self.failed.add(number)
+                if number not in self.paused:
+                    yield Download(number, False, str(error))
+                self.paused[number] = time.monotonic() + self.pause_seconds
 
     @staticmethod
     def _download(shard: Shard) -> None:
-        os.close(shard.open())
+        assert isinstance(shard.tar, RemoteFile)
+        if not shard.path.exists():
+            shard.tar.download(insist=True)

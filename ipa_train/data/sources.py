@@ -12,7 +12,7 @@ from ipa_train.data.remote import Version, ask_version, read_piece, without_quer
 from ipa_train.errors import DataError
 
 _PIECE_BYTES = 16 * 2**20
-_FORGIVEN_AFTER_SECONDS = 600.0
+_FORGIVEN_AFTER_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,22 @@ class RemoteFile:
         """A descriptor of the copy, downloaded if it is not there; while it is locked, the copy is not evicted.
 
         Raises:
-            DataError: it cannot be downloaded, or the server has another version of it now.
+            DataError: it cannot be downloaded, or could not a short while ago, or the server has another version now.
+        """
+        while True:
+            found = open_locked(self.path, os.O_RDONLY, fcntl.LOCK_SH)
+            if found is not None:
+                return found
+            self.download(insist=False)
+
+    def download(self, *, insist: bool) -> None:
+        """Make a copy, if there is none. Unless you ``insist``, a failure counts for a while, for all processes.
+
+        Raises:
+            DataError: as for :meth:`open`.
         """
         try:
-            while True:
-                found = open_locked(self.path, os.O_RDONLY, fcntl.LOCK_SH)
-                if found is not None:
-                    return found
-                self._download()
+            self._download(insist)
         except OSError as error:
             raise DataError(f"{self.location}: no copy in {self.copies.folder}: {error.strerror}") from error
 
@@ -119,17 +127,17 @@ class RemoteFile:
         url = f"{self.folder}/{name}{question_mark}{query}"
         return url, ask_version(url, patience_seconds=self.copies.patience_seconds)
 
-    def _download(self) -> None:
-        """Download it, unless another process has done so in the meantime."""
+    def _download(self, insist: bool) -> None:
         path = self.path
         part, failed = path.with_name(path.name + PART), path.with_name(path.name + FAILED)
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = open_locked(part, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX)
-        if descriptor is None:
+        if descriptor is None:  # another process has made it in the meantime
             return
         try:
             if not path.exists():
-                _raise_fresh(failed)
+                if not insist:
+                    _raise_fresh(failed)
                 os.ftruncate(descriptor, 0)
                 self.copies.reserve(descriptor, self.version.num_bytes, self.url)
                 self._fill(descriptor)
@@ -137,7 +145,8 @@ class RemoteFile:
                 part.replace(path)
                 failed.unlink(missing_ok=True)
         except DataError as error:
-            failed.write_text(str(error))
+            if not insist:
+                failed.write_text(str(error))
             raise
         finally:
             part.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ import pytest
 from ipa_train.data.sequential import SequentialDataModule
 from ipa_train.errors import ConfigError, DataError
 from tests.data.conftest import encode, picture, write_shard
-from tests.data.servers import http_server
+from tests.data.http_server import http_server
 
 
 def sequential(shards, **options):

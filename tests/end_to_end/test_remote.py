@@ -5,7 +5,7 @@ import shutil
 
 from ipa_train.cli.main import main
 from ipa_train.data.local_copies import GIB
-from tests.data.servers import http_server
+from tests.data.http_server import http_server
 from tests.end_to_end.conftest import loss_curve, write_shards
 
 
