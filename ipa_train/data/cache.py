@@ -28,6 +28,7 @@ from ipa_train.data.buckets import Bucket
 from ipa_train.data.index import Index
 from ipa_train.data.pictures import check_flip_rate, draw_flips
 from ipa_train.data.reader import ShardReader
+from ipa_train.data.sources import LocalFile
 from ipa_train.data.transfer import empty_for_transfer
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.files import atomic_write
@@ -218,10 +219,13 @@ class FeatureLoader:
             for group in description.groups:
                 paths = [f"{folder}/{shard_name(group, bucket)}" for bucket in self.buckets]
                 row = [numbers.pop(path, -1) for path in paths]
+                tar = self._tars[folder]
+                # Of remote caches those are asked for that nothing else is known of: else it were a question each.
+                is_asked = max(row) < 0 or isinstance(tar, LocalFile)
+                if is_asked and not tar.has_beside(f"{group}.json"):
+                    raise DataError(f"{folder}: shard {group} is not encoded yet; run ipa data encode again.")
                 if max(row) >= 0:
                     table.append(row)
-                elif not self._tars[folder].has_beside(f"{group}.json"):  # of the others it would be too many questions
-                    raise DataError(f"{folder}: shard {group} is not encoded yet; run ipa data encode again.")
         if numbers:
             raise DataError(f"{next(iter(numbers))}: not a shard of the cache that {DESCRIPTION} beside it describes.")
         return np.array(table)

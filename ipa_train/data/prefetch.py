@@ -9,6 +9,7 @@ import heapq
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,7 +57,13 @@ def shards_ahead(
 
 
 def require_room(stream: Stream, copies: LocalCopies) -> None:
-    """Raise ConfigError unless the shards that are read at once fit: those of the open windows and of the next ones."""
+    """See whether the copies fit: those that are read at once under the cap, and all under the cap on the disk.
+
+    At once are read the shards of the open windows and, as workers run ahead, of the next ones.
+
+    Raises:
+        ConfigError: they do not; says what would.
+    """
     sizes, needed = remote_sizes(stream), set[int]()
     for bucket, plan, position, share in stream.parts(np.zeros(len(stream.plans), np.int64)):
         for samples, shards in _windows(stream, bucket, plan, position, share):
@@ -68,6 +75,12 @@ def require_room(stream: Stream, copies: LocalCopies) -> None:
         raise ConfigError(
             f"data.cache_gib={copies.max_bytes / GIB:.3g} cannot hold the {len(needed)} shards that are read at once: "
             f"give at least {1.1 * num_bytes / GIB:.3g}, or lower data.num_lanes or data.window_size."
+        )
+    free = shutil.disk_usage(copies.folder).free + copies.num_bytes()
+    if free < min(copies.max_bytes, sum(sizes.values())):
+        raise ConfigError(
+            f"data.cache_dir={copies.folder} has {free / GIB:.3g} GiB left, less than data.cache_gib="
+            f"{copies.max_bytes / GIB:.3g}: lower it, or give a folder on another disk."
         )
 
 

@@ -135,21 +135,23 @@ class RemoteFile:
         if descriptor is None:  # another process has made it in the meantime
             return
         try:
-            if not path.exists():
-                if not insist:
-                    _raise_fresh(failed)
-                os.ftruncate(descriptor, 0)
-                self.copies.reserve(descriptor, self.version.num_bytes, self.url)
-                self._fill(descriptor)
-                os.fsync(descriptor)
-                part.replace(path)
-                failed.unlink(missing_ok=True)
-        except DataError as error:
+            if path.exists():
+                part.unlink()
+                return
             if not insist:
+                _raise_fresh(failed)
+            os.ftruncate(descriptor, 0)
+            self.copies.reserve(descriptor, self.version.num_bytes, self.url)
+            self._fill(descriptor)
+            os.fsync(descriptor)
+            part.replace(path)
+            failed.unlink(missing_ok=True)
+        except Exception as error:
+            part.unlink(missing_ok=True)
+            if isinstance(error, DataError) and not insist:
                 failed.write_text(str(error))
             raise
         finally:
-            part.unlink(missing_ok=True)
             os.close(descriptor)
 
     def _fill(self, descriptor: int) -> None:

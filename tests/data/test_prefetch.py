@@ -3,12 +3,14 @@
 import os
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from ipa_train.data.index import Index
 from ipa_train.data.local_copies import GIB
-from ipa_train.data.prefetch import NUM_CONNECTIONS, Downloads, Prefetcher, remote_sizes, shards_ahead
+from ipa_train.data.prefetch import NUM_CONNECTIONS, Downloads, Prefetcher, remote_sizes, require_room, shards_ahead
 from ipa_train.errors import ConfigError
 from tests.data.conftest import write_shards
 from tests.data.http_server import http_server
@@ -69,6 +71,16 @@ def test_shards_arrive_in_the_order_of_the_plan_before_they_are_used(tmp_path):
 def test_a_cap_below_what_is_read_at_once_is_refused(server, tmp_path):
     with pytest.raises(ConfigError, match=r"data\.cache_gib=\S+ cannot hold the 3 shards .* at once: give at least"):
         _ = remote_data(server, tmp_path, cache_gib=(server.folder / "00002.tar").stat().st_size * 1.5 / GIB).stream
+
+
+def test_a_cap_above_the_disk_is_refused(server, tmp_path):
+    """The disk is as large as it is: so are the shards that the index tells of."""
+    data = remote_data(server, tmp_path, cache_gib=2.0**20)
+    stream, shards = data.stream, data.index.shards
+    huge = [replace(shard, entry=replace(shard.entry, tar_bytes=2**48)) for shard in shards]
+    stream.loader.reader.index = Index(tuple(huge))
+    with pytest.raises(ConfigError, match=r"cache has \S+ GiB left, less than data\.cache_gib=1\.05e\+06: lower it"):
+        require_room(stream, data.copies)
 
 
 def test_a_prefetcher_that_cannot_says_so_and_reading_goes_on(server, tmp_path, caplog):

@@ -2,6 +2,10 @@
 
 import multiprocessing
 import shutil
+import subprocess
+import sys
+
+import pytest
 
 from ipa_train.cli.main import main
 from ipa_train.data.local_copies import GIB
@@ -25,6 +29,31 @@ def test_training_from_a_server_is_training_from_a_disk(train_command, shards, t
         assert server.count("GET") == 3, "a resumed run finds what the first has downloaded"
     assert loss_curve(tmp_path / "remote") == loss_curve(tmp_path / "local")
     assert not multiprocessing.active_children()
+
+
+def test_two_ranks_share_a_cache_that_holds_only_a_part(train_command, tmp_path):
+    folder = write_shards(tmp_path / "many", num_shards=12, per_shard=10)
+    order = ["data.num_lanes=2", "data.window_size=10", "data.global_batch_size=8", "trainer.max_steps=12"]
+    assert main(train_command("local", *order, f"data.shards={folder}")) == 0
+    cap = 0.7 * sum(path.stat().st_size for path in folder.glob("*.tar"))
+    with http_server(folder) as server:
+        remote = [
+            f"data.shards={server.url}/{{00000..00011}}.tar",
+            f"data.index_dir={tmp_path / 'index'}",
+            f"data.cache_dir={tmp_path / 'cache'}",
+            f"data.cache_gib={cap / GIB}",
+            "data.num_workers=1",
+            "trainer.devices=2",
+            "trainer.strategy=ddp",
+        ]
+        command = train_command("remote", *order, *remote)
+        subprocess.run([sys.executable, "-m", "ipa_train.cli.main", *command], check=True, timeout=300)
+        assert server.count("GET") <= 12 + 20, "once to index, once to train, and few of them again"
+    local, two = loss_curve(tmp_path / "local"), loss_curve(tmp_path / "remote")
+    assert {step: float(loss) for step, loss in two.items()} == pytest.approx(
+        {step: float(loss) for step, loss in local.items()}, rel=1e-5
+    )
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*")) <= cap
 
 
 def test_a_run_that_fails_leaves_no_downloads_behind(train_command, shards, tmp_path, capfd):
