@@ -1,20 +1,25 @@
 """Index shards ahead of training, e.g. on a node with many cores; training does it by itself otherwise.
 
 ipa data index '/data/laion/{00000..41000}.tar'
+ipa data index 's3://bucket/laion/*.tar' --index-dir /shared/index --cache-dir /local/cache
 
 Shards whose size and time have not changed are not read again. Samples without a picture or a caption are counted and
 left out; a shard that is damaged or unfinished is a problem, and the others are indexed all the same.
 """
 
 import argparse
+from pathlib import Path
 
 from data_tools.work import Report, add_shard_arguments, add_work_arguments
 from ipa_train.data.index import find_shards, index_sound_shards
+from ipa_train.data.local_copies import LocalCopies
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the tool's arguments."""
     add_shard_arguments(parser)
+    parser.add_argument("--cache-dir", type=Path, help="folder for copies of remote shards, on a local disk")
+    parser.add_argument("--cache-gib", type=float, default=100.0, help="what the copies may take; default: 100")
     add_work_arguments(parser)
 
 
@@ -25,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
         index_dir=args.index_dir,
         allow_missing_stats=args.allow_missing_stats,
         num_workers=args.workers,
+        copies=None if args.cache_dir is None else LocalCopies(args.cache_dir, max_gib=args.cache_gib),
     )
     report = Report("index", index_id=index.index_id)
     entries = [shard.entry for shard in index.shards]
@@ -35,5 +41,5 @@ def run(args: argparse.Namespace) -> int:
     report.counts["shards refused"] = len(refused)
     for error in refused:
         report.problem(str(error))
-    folder = args.index_dir or find_shards(args.shards)[0].parent
+    folder = args.index_dir or find_shards(args.shards)[0].parent  # remote shards have an --index-dir
     return report.finish(args.report or folder / "index-report.json")

@@ -26,7 +26,7 @@ def build_module(config: DictConfig) -> AdapterTraining:
     """
     base = instantiate(config.base)
     for option in ("resolution", "bucket_step"):
-        if (size := config.data[option]) and size % base.vae.stride:
+        if (size := config.data.get(option)) and size % base.vae.stride:
             raise ConfigError(f"data.{option}={size} must be a multiple of {base.vae.stride}, the VAE's stride.")
     module = AdapterTraining(
         base=base,
@@ -60,7 +60,7 @@ def build_data(config: DictConfig, module: AdapterTraining) -> StreamingDataModu
         encoders=module.encoders_identity(),
     )
     if rank() == 0:
-        _ = data.stream
+        data.prepare_data()
     return data
 
 

@@ -19,6 +19,7 @@ from ipa_train.cli.build import build_data, build_module, build_trainer, describ
 from ipa_train.cli.config import load_config
 from ipa_train.data.batch import Pictures
 from ipa_train.data.datamodule import StreamingDataModule
+from ipa_train.data.sequential import SequentialDataModule
 from ipa_train.errors import DataError
 from ipa_train.export.description import describe_adapter
 from ipa_train.export.loadability import loadability
@@ -41,13 +42,11 @@ def run(args: argparse.Namespace) -> int:
     for line in describe_parameters(module):
         _say("weights", line)
     data = build_data(config, module)
-    incomplete = sum(shard.entry.num_incomplete for shard in data.index.shards)
-    _say(
-        "shards",
-        f"{int(data.index.counts.sum()):,} samples in {len(data.index.shards):,} shards; {incomplete:,} left out",
-    )
-    for line in _describe_stream(data):
-        _say("shards", line)
+    if isinstance(data, SequentialDataModule):
+        _say("shards", f"{len(data.tars):,} sources, streamed without an index")
+    else:
+        for line in _describe_stream(data):
+            _say("shards", line)
     trainer = build_trainer(config, data)
     accumulate = trainer.accumulate_grad_batches
     share = data.global_batch_size // trainer.world_size // accumulate
@@ -60,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _describe_stream(data: StreamingDataModule) -> Iterator[str]:
-    """How often each source and bucket comes, where there are several."""
+    """How much there is, and how often each source and bucket comes, where there are several."""
+    incomplete = sum(shard.entry.num_incomplete for shard in data.index.shards)
+    yield f"{int(data.index.counts.sum()):,} samples in {len(data.index.shards):,} shards; {incomplete:,} left out"
     stream = data.stream
     if data.weights is not None:
         for name, size in stream.sources.items():

@@ -12,8 +12,9 @@ kept as text: text encoders are cheap, and their states large.
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from ipa_train.data.buckets import Bucket
 from ipa_train.data.index import Index
 from ipa_train.data.pictures import check_flip_rate, draw_flips
 from ipa_train.data.reader import ShardReader
+from ipa_train.data.sources import LocalFile
 from ipa_train.data.transfer import BatchMemory
 from ipa_train.errors import ConfigError, DataError, difference
 from ipa_train.runtime.files import atomic_write
@@ -84,7 +86,7 @@ class CacheDescription:
             content = {"version": VERSION, "fingerprint": self.fingerprint, **asdict(self)}
             temporary.write_text(json.dumps(content, indent=1))
 
-    def require(self, folder: Path, *, encoders: dict[str, Any], **options: object) -> None:
+    def require(self, folder: str, *, encoders: dict[str, Any], **options: object) -> None:
         """Raise ConfigError, naming what differs, unless the features are what training with these would compute."""
         if encoders != self.encoders:
             raise ConfigError(
@@ -115,9 +117,13 @@ def read_description(folder: Path) -> CacheDescription:
     Raises:
         ConfigError: there is none, or not of this version, or it was changed by hand.
     """
-    path = folder / DESCRIPTION
+    return _read_description(str(folder), (folder / DESCRIPTION).read_bytes)
+
+
+def _read_description(folder: str, read: Callable[[], bytes]) -> CacheDescription:
+    path = f"{folder}/{DESCRIPTION}"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read())
         version, fingerprint = content.pop("version"), content.pop("fingerprint")
         if version != VERSION:
             raise ConfigError(f"{path}: version {version}, this release reads {VERSION}; encode anew.")
@@ -177,8 +183,11 @@ class FeatureLoader:
     def __init__(self, index: Index, *, flip_rate: float = 0.0, seed: int = 0) -> None:
         check_flip_rate(flip_rate)
         self.reader, self.flip_rate, self.seed = ShardReader(index), flip_rate, seed
-        folders = dict.fromkeys(shard.path.parent for shard in index.shards)
-        self.descriptions = {folder: read_description(folder) for folder in folders}
+        self._tars = {shard.tar.folder: shard.tar for shard in index.shards}
+        self.descriptions = {
+            folder: _read_description(folder, partial(tar.read_beside, DESCRIPTION))
+            for folder, tar in self._tars.items()
+        }
         first = next(iter(self.descriptions.values()))
         for folder, description in self.descriptions.items():
             if description.buckets != first.buckets:
@@ -198,10 +207,10 @@ class FeatureLoader:
         return counts[self._table].T
 
     @property
-    def group_folders(self) -> list[Path]:
+    def group_folders(self) -> list[str]:
         """The cache that each group belongs to."""
         shards = self.reader.index.shards
-        return [shards[row.max()].path.parent for row in self._table]
+        return [shards[row.max()].tar.folder for row in self._table]
 
     def shard(self, group: int, bucket: int) -> int:
         """The shard that holds the samples of a bucket which a plan counts under ``group``."""
@@ -220,13 +229,16 @@ class FeatureLoader:
         Raises:
             DataError: the cache is not finished, or holds a shard that its description does not know.
         """
-        numbers = {shard.path: number for number, shard in enumerate(index.shards)}
+        numbers = {shard.tar.location: number for number, shard in enumerate(index.shards)}
         table = []
         for folder, description in self.descriptions.items():
             for group in description.groups:
-                paths = [folder / shard_name(group, bucket) for bucket in self.buckets]
+                paths = [f"{folder}/{shard_name(group, bucket)}" for bucket in self.buckets]
                 row = [numbers.pop(path, -1) for path in paths]
-                if not (folder / f"{group}.json").exists():
+                tar = self._tars[folder]
+                # Of remote caches those are asked for that nothing else is known of: else it were a question each.
+                is_asked = max(row) < 0 or isinstance(tar, LocalFile)
+                if is_asked and not tar.has_beside(f"{group}.json"):
                     raise DataError(f"{folder}: shard {group} is not encoded yet; run ipa data encode again.")
                 if max(row) >= 0:
                     table.append(row)
@@ -242,7 +254,7 @@ class FeatureLoader:
         try:
             return Layout(self.reader.head(int(found), min(length, _MAX_HEADER_BYTES)))
         except DataError as error:
-            raise DataError(f"{self.reader.index.shards[found].path}: {error}") from error
+            raise DataError(f"{self.reader.index.shards[found].tar.location}: {error}") from error
 
 
 class FeatureBatch:

@@ -16,13 +16,16 @@ from ipa_train.data.buckets import BucketSchedule
 from ipa_train.data.cache import FeatureLoader
 from ipa_train.data.decode import MAX_PIXELS, Decoder
 from ipa_train.data.index import MAX_MEMBER_BYTES, Index, build_index
+from ipa_train.data.local_copies import LocalCopies
 from ipa_train.data.pictures import PictureLoader
 from ipa_train.data.pipeline import LoadedBatch, Places, StreamDataset, StreamSampler, count_micro_batches
 from ipa_train.data.plan import rank_share
+from ipa_train.data.prefetch import Prefetcher, require_room
 from ipa_train.data.reader import ShardReader
 from ipa_train.data.stream import Stream, choose_buckets, make_stream
 from ipa_train.data.tolerance import ErrorBudget
 from ipa_train.errors import ConfigError, DataError
+from ipa_train.runtime.distributed import rank
 
 STATE_VERSION = 3
 _log = logging.getLogger(__name__)
@@ -64,6 +67,9 @@ class StreamingDataModule(lightning.LightningDataModule):
         allow_missing_stats: bool = False,
         allow_index_change: bool = False,
         index_dir: str | None = None,
+        cache_dir: str | None = None,
+        cache_gib: float = 100.0,
+        patience_seconds: float = 60.0,
         bad_samples_dir: str | None = None,
         encoders: dict[str, Any] | None = None,
     ) -> None:
@@ -94,6 +100,10 @@ class StreamingDataModule(lightning.LightningDataModule):
         self.max_member_bytes = max_member_bytes
         self.allow_missing_stats, self.allow_index_change = allow_missing_stats, allow_index_change
         self.index_dir = None if index_dir is None else Path(index_dir)
+        self.copies = None
+        if cache_dir is not None:
+            self.copies = LocalCopies(Path(cache_dir), max_gib=cache_gib, patience_seconds=patience_seconds)
+        self._prefetcher: Prefetcher | None = None
         self.bad_samples_dir = None if bad_samples_dir is None else Path(bad_samples_dir)
         self.encoders = encoders
         self._start_positions: np.ndarray | None = None
@@ -113,6 +123,8 @@ class StreamingDataModule(lightning.LightningDataModule):
                 index_dir=self.index_dir,
                 allow_missing_stats=self.allow_missing_stats,
                 max_member_bytes=self.max_member_bytes,
+                copies=self.copies,
+                trust_index=rank() > 0,  # rank 0 has just looked at all shards
             )
             for name, spec in self.sources.items()
         }
@@ -164,7 +176,8 @@ class StreamingDataModule(lightning.LightningDataModule):
         )
         ends = np.cumsum([len(index.shards) for index in self._indices.values()])
         groups = np.split(np.arange(ends[-1]), ends[:-1])
-        return make_stream(loader, buckets, counts, dict(zip(self._indices, groups, strict=True)), **options)
+        stream = make_stream(loader, buckets, counts, dict(zip(self._indices, groups, strict=True)), **options)
+        return self._with_room(stream)
 
     def _feature_stream(self, options: dict[str, Any]) -> Stream:
         if self.crop != "center":
@@ -178,10 +191,15 @@ class StreamingDataModule(lightning.LightningDataModule):
                 bucket_step=self.bucket_step,
                 max_aspect_ratio=self.max_aspect_ratio,
             )
-        names = {shard.path.parent: name for name, index in self._indices.items() for shard in index.shards}
+        names = {shard.tar.folder: name for name, index in self._indices.items() for shard in index.shards}
         of_group = np.array([names[folder] for folder in loader.group_folders])
         sources = {name: np.flatnonzero(of_group == name) for name in self._indices}
-        return make_stream(loader, loader.buckets, loader.counts, sources, **options)
+        return self._with_room(make_stream(loader, loader.buckets, loader.counts, sources, **options))
+
+    def _with_room(self, stream: Stream) -> Stream:
+        if self.copies is not None and self.index.is_remote:
+            require_room(stream, self.copies)
+        return stream
 
     def setup(self, stage: str) -> None:
         """Open this rank's log of bad samples."""
@@ -193,6 +211,16 @@ class StreamingDataModule(lightning.LightningDataModule):
     def _make_budget(self, log_path: Path | None) -> ErrorBudget:
         return ErrorBudget(max_bad_rate=self.max_bad_rate, on_missing_shard=self.on_missing_shard, log_path=log_path)
 
+    def teardown(self, stage: str) -> None:
+        """Stop downloading."""
+        if self._prefetcher is not None:
+            self._prefetcher.stop()
+            self._prefetcher = None
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Stop downloading."""
+        self.teardown("fit")
+
     def accumulate_grad_batches(self, world_size: int) -> int:
         """Micro-batches per optimizer step on each of ``world_size`` ranks; ConfigError if the sizes do not divide."""
         return count_micro_batches(
@@ -200,7 +228,9 @@ class StreamingDataModule(lightning.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[LoadedBatch]:
-        """The stream from the current position on, for this rank."""
+        """The stream from the current position on, for this rank; remote shards are downloaded ahead of it."""
+        if self.copies is not None and self.index.is_remote and self.trainer.local_rank == 0:
+            self._prefetcher = Prefetcher(self.stream, self.positions, self.copies)
         return self.loader(
             self.positions, rank=self.trainer.global_rank, world_size=self.trainer.world_size, workers=self.num_workers
         )
@@ -220,7 +250,7 @@ class StreamingDataModule(lightning.LightningDataModule):
             world_size=world_size,
         )
         return DataLoader(
-            StreamDataset(stream.plans, stream.loader),
+            self.dataset(start, rank),
             sampler=sampler,
             batch_size=None,
             num_workers=workers,
@@ -233,12 +263,19 @@ class StreamingDataModule(lightning.LightningDataModule):
         stream = self.stream
         bucket, _, _ = BucketSchedule(stream.shares, np.zeros(len(stream.buckets), np.int64)).step(num_samples)
         positions = rank_share(stream.plans[bucket], 0, num_samples, 0, 1)
-        return StreamDataset(stream.plans, stream.loader)[Places(bucket, positions, positions)].batch
+        dataset = self.dataset(np.zeros(len(stream.buckets), np.int64), 0)
+        return dataset[Places(bucket, positions, positions)].batch
+
+    def dataset(self, start: np.ndarray, rank: int) -> StreamDataset:
+        """What a rank's loader takes batches from; here it is the same for all ranks and starts."""
+        return StreamDataset(self.stream.plans, self.stream.loader)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Note the bad samples, and hand on the batch alone."""
         if not isinstance(batch, LoadedBatch):
             return batch
+        if self._prefetcher is not None:
+            self._prefetcher.advance(self.positions)
         self.budget.record(batch.num_samples, batch.bad)
         return batch.batch
 

@@ -7,17 +7,19 @@
                                        start of a line or after a space
 
 Built in parallel, written atomically, and reused while a tar's size and modification time, and what is excluded of it,
-stay the same.
+stay the same. Remote shards are indexed from local copies, and known by size and ETag.
 """
 
+import fcntl
 import glob
 import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,12 +30,15 @@ from numpy import ndarray
 from tqdm import tqdm
 from webdataset.shardlists import expand_urls
 
+from ipa_train.data.index_file import ShardEntry, make_index_folder, read_entries, write_entries
+from ipa_train.data.local_copies import LocalCopies
+from ipa_train.data.remote import PACKAGES, Version, ask_version, find_remote, is_remote
 from ipa_train.data.scan import ROW, Content, scan
+from ipa_train.data.sources import LocalFile, RemoteFile
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.files import atomic_write
 from ipa_train.runtime.processes import end_with_parent
 
-VERSION = 2
 MAX_MEMBER_BYTES = 64 * 2**20
 """What training takes unless data.max_member_bytes says otherwise."""
 _PLACEABLE_BYTES = 2**30  # what 32 bits of a row can place
@@ -43,36 +48,33 @@ _COMMENT = re.compile(r"(?:^|\s)#")
 
 
 @dataclass(frozen=True)
-class ShardEntry:
-    """What index.json says of one shard."""
-
-    tar_bytes: int
-    tar_mtime_ns: int
-    num_samples: int
-    num_incomplete: int
-    """Samples without an image or without a caption; they are left out."""
-    num_excluded: int
-    excluded_sha256: str
-    """Hash of the keys that the exclude lists named, found or not."""
-    content: Content
-    min_short_side: int
-    """Of the pictures whose size can be read, in pixels; 0 if there are none."""
-    max_short_side: int
-    rows_sha256: str
-
-
-@dataclass(frozen=True)
 class Shard:
     """An indexed shard."""
 
-    path: Path
+    tar: LocalFile | RemoteFile
     rows_path: Path
     entry: ShardEntry
+
+    @property
+    def path(self) -> Path:
+        """Of the tar; of a remote one, where its copy lies while there is one."""
+        return self.tar.path
 
     @cached_property
     def name(self) -> str:
         """Base name of the tar."""
-        return self.path.name
+        return self.tar.name
+
+    def open(self) -> int:
+        """A descriptor of the tar, which is downloaded first if need be.
+
+        Raises:
+            DataError: it cannot be downloaded.
+            OSError: it cannot be opened.
+        """
+        descriptor = self.tar.open()
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # it outlives the copy, whose place may be needed
+        return descriptor
 
     def rows(self) -> ndarray:
         """The rows, mapped into memory rather than read.
@@ -102,13 +104,18 @@ class Index:
         return np.array([shard.entry.num_samples for shard in self.shards], dtype=np.int64)
 
     @property
+    def is_remote(self) -> bool:
+        """Whether any shard is read through a local copy."""
+        return any(isinstance(shard.tar, RemoteFile) for shard in self.shards)
+
+    @property
     def content(self) -> Content:
         """What the shards hold.
 
         Raises:
             ConfigError: some hold pictures, and some features.
         """
-        kinds = {shard.entry.content: shard.path for shard in self.shards}
+        kinds = {shard.entry.content: shard.tar.location for shard in self.shards}
         if len(kinds) > 1:
             raise ConfigError(
                 f"data.shards: {kinds['features']} holds cached features and {kinds['pictures']} pictures: "
@@ -123,7 +130,7 @@ class Index:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-_Stale = tuple[Path, Path, frozenset[str]]
+_Stale = tuple[LocalFile | RemoteFile, Path, frozenset[str]]
 """A tar, where its rows go, and the keys that are left out."""
 
 
@@ -146,7 +153,10 @@ def find_files(spec: str | Sequence[str], *, suffix: str, option: str) -> list[P
     found: list[Path] = []
     for item in items:
         if "://" in item or item.startswith("pipe:"):
-            raise ConfigError(f"{option}={item}: only local files can be read so far; copy them to disk.")
+            raise ConfigError(
+                f"{option}={item}: this reads local files only. Training and `ipa data index` read "
+                f"{', '.join(PACKAGES)}:// too, and data=webdataset whatever streams."
+            )
         if Path(item).is_dir():
             matches = sorted(Path(item).glob(f"*{suffix}"))
         elif "{" in item:
@@ -175,11 +185,16 @@ def build_index(
     allow_missing_stats: bool = False,
     max_member_bytes: int = MAX_MEMBER_BYTES,
     num_workers: int | None = None,
+    copies: LocalCopies | None = None,
+    trust_index: bool = False,
 ) -> Index:
     """Index all shards of ``spec``, reusing what is up to date; the index goes beside the tars, or into ``index_dir``.
 
+    Remote shards are read through ``copies``. ``trust_index`` takes them for what the index says, without asking the
+    server: for processes that come after one that has asked. A shard is held to its version when it is downloaded.
+
     Raises:
-        ConfigError: see :func:`find_shards`; or no folder to write to.
+        ConfigError: see :func:`find_shards` and :func:`find_remote`; or no folder to write to.
         DataError: shards are damaged, unfinished or empty; names them and the cure. The others stay indexed.
     """
     index, refused = index_sound_shards(
@@ -188,6 +203,8 @@ def build_index(
         allow_missing_stats=allow_missing_stats,
         max_member_bytes=max_member_bytes,
         num_workers=num_workers,
+        copies=copies,
+        trust_index=trust_index,
     )
     if refused:
         raise DataError(" | ".join(map(str, refused[:_MAX_NAMED])) + _and_more(len(refused) - _MAX_NAMED))
@@ -201,37 +218,38 @@ def index_sound_shards(
     allow_missing_stats: bool = False,
     max_member_bytes: int = MAX_MEMBER_BYTES,
     num_workers: int | None = None,
+    copies: LocalCopies | None = None,
+    trust_index: bool = False,
 ) -> tuple[Index, list[DataError]]:
     """As :func:`build_index`, but an index of the sound shards and what is wrong with the others.
 
     Raises:
-        ConfigError: see :func:`find_shards`; or no folder to write to.
+        ConfigError: see :func:`find_shards` and :func:`find_remote`; or no folder to write to.
     """
     if not 1 <= max_member_bytes <= _PLACEABLE_BYTES:
         raise ConfigError(f"data.max_member_bytes must be from 1 to {_PLACEABLE_BYTES}, got {max_member_bytes}.")
     if num_workers is not None and num_workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {num_workers}.")
-    paths = find_shards(spec)
-    folders = {path.parent: index_dir or path.parent for path in paths}
-    known = {folder: _read_entries(folder) for folder in set(folders.values())}
+    tars = _find_tars(spec, index_dir, copies, trust_index)
+    folders = {tar.path.parent: index_dir or tar.path.parent for tar in tars}
+    known = {folder: read_entries(folder) for folder in set(folders.values())}
     excluded = {folder: read_excluded(folder) for folder in known}
-    shards: dict[Path, Shard] = {}
+    shards: dict[str, Shard] = {}
     refused: list[DataError] = []
     stale: list[_Stale] = []
-    for path in paths:
-        folder = folders[path.parent]
-        rows_path = folder / f"{name_beside(path, shared=index_dir is not None)}.idx.npy"
-        stat, keys = path.stat(), excluded[folder].get(path.name, frozenset())
+    for tar in tars:
+        folder = folders[tar.path.parent]
+        rows_path = folder / f"{_rows_name(tar, shared=index_dir is not None)}.idx.npy"
+        keys = excluded[folder].get(tar.name, frozenset())
         entry = known[folder].get(rows_path.name)
-        is_current = entry is not None and (entry.tar_bytes, entry.tar_mtime_ns, entry.excluded_sha256) == (
-            stat.st_size,
-            stat.st_mtime_ns,
+        is_current = entry is not None and (Version(entry.tar_bytes, entry.tar_version), entry.excluded_sha256) == (
+            tar.version,
             _hash_keys(keys),
         )
         if entry and is_current and rows_path.exists():
-            shards[path] = Shard(path, rows_path, entry)
+            shards[tar.location] = Shard(tar, rows_path, entry)
         else:
-            stale.append((path, rows_path, keys))
+            stale.append((tar, rows_path, keys))
     if stale:
         for folder in known:
             make_index_folder(folder)
@@ -241,13 +259,43 @@ def index_sound_shards(
                 if isinstance(result, DataError):
                     refused.append(result)
                     continue
-                shards[result.path] = result
+                shards[result.tar.location] = result
                 known[result.rows_path.parent][result.rows_path.name] = result.entry
                 if number % _SAVE_EVERY == 0:
-                    _write_entries(known)
+                    write_entries(known)
         finally:  # hours of indexing survive one bad shard, and Ctrl-C
-            _write_entries(known)
-    return Index(tuple(shards[path] for path in paths if path in shards)), refused
+            write_entries(known)
+    return Index(tuple(shards[tar.location] for tar in tars if tar.location in shards)), refused
+
+
+def _find_tars(
+    spec: str | Sequence[str], index_dir: Path | None, copies: LocalCopies | None, trust_index: bool
+) -> list[LocalFile | RemoteFile]:
+    """The tars of ``spec`` in order, local ones as :func:`find_shards` has them."""
+    items = [spec] if isinstance(spec, str) else list(spec)
+    if not any(map(is_remote, items)):
+        return [LocalFile.find(path) for path in find_shards(spec)]
+    if copies is None or index_dir is None:
+        raise ConfigError(
+            f"data.shards={next(filter(is_remote, items))}: remote shards need data.cache_dir, a folder on a local "
+            "disk for copies of them, and data.index_dir, a folder that all nodes see."
+        )
+    tars: list[LocalFile | RemoteFile] = []
+    entries = read_entries(index_dir) if trust_index else {}
+    patience = copies.patience_seconds
+    for item in items:
+        if not is_remote(item):
+            tars += [LocalFile.find(path) for path in find_shards(item)]
+            continue
+        for url, version in find_remote(item, patience_seconds=patience, ask=not trust_index).items():
+            entry = entries.get(f"{_rows_name(RemoteFile(url, Version(0, ''), copies), shared=True)}.idx.npy")
+            version = Version(entry.tar_bytes, entry.tar_version) if entry else version
+            tars.append(RemoteFile(url, version or ask_version(url, patience_seconds=patience), copies))
+    twice = [name for name, count in Counter(tar.location for tar in tars).items() if count > 1]
+    if twice:
+        raise ConfigError(f"data.shards names {twice[0]} more than once.")
+    copies.prepare()
+    return tars
 
 
 def _and_more(number: int) -> str:
@@ -271,26 +319,31 @@ def _index_shard(stale: _Stale, *, allow_missing_stats: bool, max_member_bytes: 
     except DataError as error:
         return error
     except OSError as error:
-        return DataError(f"{stale[0]}: cannot be indexed: {error}")
+        return DataError(f"{stale[0].location}: cannot be indexed: {error}")
 
 
 def _index_sound_shard(stale: _Stale, allow_missing_stats: bool, max_member_bytes: int) -> Shard:
-    path, rows_path, excluded = stale
-    stats = path.with_name(f"{path.stem}_stats.json")
-    if not allow_missing_stats and not stats.exists():
+    tar, rows_path, excluded = stale
+    stats = f"{Path(tar.name).stem}_stats.json"
+    if not allow_missing_stats and not tar.has_beside(stats):
         raise DataError(
-            f"{path}: no {stats.name} beside it, which img2dataset writes when a shard is complete; download the shard "
-            "again, or set data.allow_missing_stats=true for shards of another writer."
+            f"{tar.location}: no {stats} beside it, which img2dataset writes when a shard is complete; download the "
+            "shard again, or set data.allow_missing_stats=true for shards of another writer."
         )
-    stat = path.stat()
-    found = scan(path, max_member_bytes=max_member_bytes, excluded=excluded)
+    descriptor = tar.open()  # keeps a copy from being evicted
+    try:
+        found = scan(tar.path, max_member_bytes=max_member_bytes, excluded=excluded)
+    except DataError as error:
+        raise DataError(str(error).replace(str(tar.path), tar.location)) from error
+    finally:
+        os.close(descriptor)
     with atomic_write(rows_path) as temporary, temporary.open("wb") as file:
         np.save(file, found.rows)
     short_sides = np.minimum(found.rows["width"], found.rows["height"]).astype(np.int64)
     known = short_sides[short_sides > 0]
     entry = ShardEntry(
-        tar_bytes=stat.st_size,
-        tar_mtime_ns=stat.st_mtime_ns,
+        tar_bytes=tar.version.num_bytes,
+        tar_version=tar.version.tag,
         num_samples=len(found.rows),
         num_incomplete=found.num_incomplete,
         num_excluded=found.num_excluded,
@@ -300,7 +353,7 @@ def _index_sound_shard(stale: _Stale, allow_missing_stats: bool, max_member_byte
         max_short_side=int(known.max()) if len(known) else 0,
         rows_sha256=hashlib.sha256(found.rows.tobytes()).hexdigest(),
     )
-    return Shard(path, rows_path, entry)
+    return Shard(tar, rows_path, entry)
 
 
 def read_excluded(folder: Path, *, but: str = "") -> dict[str, frozenset[str]]:
@@ -326,39 +379,12 @@ def _hash_keys(keys: frozenset[str]) -> str:
     return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16] if keys else ""
 
 
+def _rows_name(tar: LocalFile | RemoteFile, *, shared: bool) -> str:
+    if isinstance(tar, LocalFile):
+        return name_beside(tar.path, shared=shared)
+    return f"{Path(tar.name).stem}-{hashlib.sha256(tar.location.encode()).hexdigest()[:8]}"
+
+
 def name_beside(path: Path, *, shared: bool) -> str:
     """How files that belong to a shard begin; in a folder shared by several sources it tells them apart."""
     return f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}" if shared else path.stem
-
-
-def make_index_folder(folder: Path) -> None:
-    """Make the folder for an index, or raise ConfigError if it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise ConfigError(
-            f"cannot write the index to {folder}: set data.index_dir (--index-dir) to a folder that can be written."
-        )
-
-
-def _read_entries(folder: Path) -> dict[str, ShardEntry]:
-    """The entries of an index.json; none if there is no readable one of this version: it is only a cache."""
-    try:
-        content = json.loads((folder / "index.json").read_text())
-        return (
-            {name: ShardEntry(**entry) for name, entry in content["shards"].items()}
-            if content["version"] == VERSION
-            else {}
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def _write_entries(known: dict[Path, dict[str, ShardEntry]]) -> None:
-    for folder, entries in known.items():
-        content = {"version": VERSION, "shards": {name: asdict(entry) for name, entry in sorted(entries.items())}}
-        with atomic_write(folder / "index.json") as temporary:
-            temporary.write_text(json.dumps(content, indent=1))

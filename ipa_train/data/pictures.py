@@ -74,6 +74,11 @@ class PictureBatch:
     def load(self, i: int, shard: int, row: int) -> tuple[str, str]:
         """Read and decode a sample into place ``i``; return (caption, key). Raises DataError if it is bad."""
         data, caption, key = self.loader.reader.read(shard, row)
+        self.fill(i, data)
+        return caption, key
+
+    def fill(self, i: int, data: bytes) -> None:
+        """Decode a stored picture into place ``i``. Raises DataError if it is bad."""
         placement = self.loader.decoder(
             data,
             pixels=self._pixels[i],
@@ -83,7 +88,6 @@ class PictureBatch:
         )
         self._original_sizes[i] = placement.original_size
         self._crop_top_lefts[i] = placement.crop_top_left
-        return caption, key
 
     def finish(self, captions: list[str], keys: list[str]) -> Batch:
         """The batch of the places filled so far: all of them, or the first ones."""

@@ -14,7 +14,7 @@ from ipa_train.data.batch import Batch
 from ipa_train.data.buckets import BucketSchedule
 from ipa_train.data.plan import Mixture, Plan, rank_share
 from ipa_train.data.reader import ShardReader
-from ipa_train.data.tolerance import MAX_ATTEMPTS, BadSample
+from ipa_train.data.tolerance import MAX_ATTEMPTS, BadSample, all_bad
 from ipa_train.errors import ConfigError, DataError
 
 ENDLESS = 2**40
@@ -124,9 +124,8 @@ class StreamDataset(Dataset[LoadedBatch]):
             except DataError as error:
                 source, position = reader.index.shards[shard], int(places.positions[i])
                 key = reader.key(shard, row)
-                bad.append(BadSample(position, str(source.path), source.entry.num_samples, row, key, str(error)))
-        worst = "; ".join(f"{b.shard}/{b.key}: {b.error}" for b in bad[-MAX_ATTEMPTS:])
-        raise DataError(f"{MAX_ATTEMPTS} samples in a row are bad, the shards are damaged: {worst}")
+                bad.append(BadSample(position, source.tar.location, source.entry.num_samples, row, key, str(error)))
+        raise all_bad(bad[-MAX_ATTEMPTS:])
 
 
 class StreamSampler(Sampler[Places]):

@@ -9,7 +9,7 @@ workers only decide who loads a position, never which one comes next:
 Every epoch shuffles the shards, and every window within it, by Philox counters keyed with (seed, epoch, lane, window).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 
 import numpy as np
@@ -74,11 +74,39 @@ class Plan:
         return epochs, shards, rows
 
     def locate_again(self, position: int, attempt: int) -> tuple[int, int]:
-        """Return (shard, row) of the substitute for a bad sample: any sample, the same one on every replay."""
-        sample = int(keyed_generator(self.seed, 1, position, attempt).integers(self.num_samples))
-        ends = np.cumsum(self.counts)
-        shard = int(np.searchsorted(ends, sample, side="right"))
-        return shard, sample - int(ends[shard] - self.counts[shard])
+        """Return (shard, row) of the substitute for a bad sample, the same one on every replay.
+
+        It comes from the windows that are open just then: their shards are at hand, and need not be downloaded for it.
+        """
+        epoch, in_epoch = divmod(position, self.num_samples)
+        start = min(in_epoch - in_epoch % self.round_size, self.num_samples - self.round_size)
+        drawn = int(keyed_generator(self.seed, 1, position, attempt).integers(self.round_size))
+        _, shards, rows = self.locate(np.array([epoch * self.num_samples + start + drawn]))
+        return int(shards[0]), int(rows[0])
+
+    @property
+    def round_size(self) -> int:
+        """Samples from the opening of one window of each lane to that of the next ones; an epoch, if it is shorter."""
+        return min(self.num_lanes * self.window_size, self.num_samples)
+
+    def windows(self, position: int) -> Iterator[tuple[int, Int64[ndarray, "shards"]]]:
+        """Yield (samples until it opens, its shards) of the windows that are open at ``position`` and all later ones.
+
+        For ever, and in the order in which they open.
+        """
+        epoch, in_epoch = divmod(position, self.num_samples)
+        first = in_epoch // (self.num_lanes * self.window_size)
+        while True:
+            order, ends = self._shard_order(epoch)
+            for window in range(first, -(-self.num_samples // (self.num_lanes * self.window_size))):
+                opens = epoch * self.num_samples + window * self.num_lanes * self.window_size
+                starts = self._lane_starts[:-1] + window * self.window_size
+                stops = np.minimum(starts + self.window_size, self._lane_starts[1:])
+                for lane in np.flatnonzero(starts < stops).tolist():
+                    i, j = np.searchsorted(ends, [starts[lane], stops[lane] - 1], side="right")
+                    shards = order[i : j + 1]
+                    yield max(0, opens + lane - position), shards[self.counts[shards] > 0]
+            epoch, first = epoch + 1, 0
 
     def lanes(self, positions: Int64[ndarray, "b"]) -> Int64[ndarray, "b"]:
         """The lane of each position: samples of one lane come from the same few shards."""
@@ -131,6 +159,11 @@ class Mixture:
         """How many of the first ``position`` samples come from each source."""
         cycles, rest = divmod(position, self.CYCLE)
         return cycles * self._counts + np.bincount(self._source[:rest], minlength=len(self._counts))
+
+    def parts(self, position: int) -> list[tuple[Plan, int, float]]:
+        """The plan of each source that comes at all, where it is at ``position``, and its share of the samples."""
+        places = zip(self.plans, self.consumed(position).tolist(), self._counts / self.CYCLE, strict=True)
+        return [(plan, inner, share) for plan, inner, share in places if share > 0]
 
     def locate(self, positions: Int64[ndarray, "b"]) -> tuple[ndarray, ndarray, ndarray]:
         """Return (epoch of its source, shard, row in the shard's index) of each position."""

@@ -124,7 +124,7 @@ class ShardReader:
                 if self.buckets:
                     numbers = shard_buckets(rows, self.buckets)
                     by_bucket = [np.flatnonzero(numbers == bucket) for bucket in range(len(self.buckets))]
-                opened = self._open[shard] = _OpenShard(os.open(source.path, os.O_RDONLY), rows, by_bucket)
+                opened = self._open[shard] = _OpenShard(source.open(), rows, by_bucket)
             except OSError as error:
                 raise DataError(f"cannot open: {error.strerror}") from error
             if len(self._open) > _MAX_OPEN_SHARDS:

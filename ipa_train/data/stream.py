@@ -1,6 +1,6 @@
 """From an index to the endless stream: which buckets there are, the order within each, and what loads a sample."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,13 @@ class Stream:
     loader: BatchLoader
     sources: dict[str, int]
     """Samples in each source; without weights all are one."""
+
+    def parts(self, positions: Int64[ndarray, "buckets"]) -> Iterator[tuple[int, Plan, int, float]]:
+        """Of all that the stream consists of: the bucket, the plan, where it is, and its share of the samples."""
+        for bucket, (plan, position, share) in enumerate(zip(self.plans, positions.tolist(), self.shares, strict=True)):
+            if share > 0:
+                own = plan.parts(position) if isinstance(plan, Mixture) else [(plan, position, 1.0)]
+                yield from ((bucket, part, inner, share * of_bucket) for part, inner, of_bucket in own)
 
     def consumed(self, positions: Int64[ndarray, "buckets"]) -> dict[str, int]:
         """Samples of each source among the first ``positions`` of each bucket."""

@@ -34,6 +34,12 @@ News = tuple[int, list[BadSample]]
 """Samples seen by a rank, and the bad ones among them."""
 
 
+def all_bad(attempts: list[BadSample]) -> DataError:
+    """What to raise when a sample and all its substitutes are bad."""
+    worst = "; ".join(f"{bad.shard}/{bad.key}: {bad.error}" for bad in attempts)
+    return DataError(f"{len(attempts)} samples in a row are bad, the shards are damaged: {worst}")
+
+
 class ErrorBudget:
     """Keeps count of bad samples over all ranks, and says when it is too much.
 

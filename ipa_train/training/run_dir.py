@@ -53,6 +53,9 @@ MAY_DIFFER = (
     # Where the shards lie; that they are the same ones is held by the data module's own state.
     "data.shards",
     "data.index_dir",
+    "data.cache_dir",
+    "data.cache_gib",
+    "data.patience_seconds",
     "data.allow_index_change",
     "data.allow_missing_stats",
     # What is tolerated, which one learns when a run has stopped.

@@ -8,6 +8,12 @@ import pytest
 import webdataset
 from PIL import Image
 
+from ipa_train.data.local_copies import LocalCopies
+from tests.data.http_server import http_server
+
+PATIENCE_SECONDS = 0.5
+"""What a server on the loopback interface gets, so that tests of failures take no longer."""
+
 
 def picture(seed, *, width=48, height=40):
     """A smooth random picture."""
@@ -48,3 +54,18 @@ def write_shards(folder, counts=(7, 5, 9), sizes=((40, 48),)):
 def shards(tmp_path):
     """A folder of three shards of 7, 5 and 9 samples."""
     return write_shards(tmp_path / "shards")
+
+
+@pytest.fixture
+def server(shards):
+    """A web server of these shards."""
+    with http_server(shards) as server:
+        yield server
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """An empty folder for copies, impatient."""
+    copies = LocalCopies(tmp_path / "cache", patience_seconds=PATIENCE_SECONDS)
+    copies.prepare()
+    return copies

@@ -210,7 +210,7 @@ def test_missing_empty_and_unfinished_shards(tmp_path, shards):
         (str(tmp_path / "*.tar"), r"no \.tar file matches"),
         (str(shards / "{00000..00004}.tar"), r"2 of 5 files missing, first .*00003\.tar"),
         ([str(shards / "00000.tar"), str(shards)], "more than once"),
-        ("pipe:cat x.tar", "only local files"),
+        ("pipe:cat x.tar", "local files only"),
     ):
         with pytest.raises(ConfigError, match=message):
             find_shards(spec)

@@ -1,5 +1,6 @@
 """Every sample once per epoch, whoever loads it."""
 
+import itertools
 import pickle
 
 import numpy as np
@@ -105,3 +106,31 @@ def test_a_mixture_goes_through_each_source_in_its_own_order(sources, weights, s
 def test_the_rarest_source_is_not_forgotten():
     plans = [Plan(np.array([9, 0])), Plan(np.array([0, 9]))]
     assert Mixture(plans, [1.0, 1e-9]).counts.tolist() == [Mixture.CYCLE - 1, 1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
+    num_lanes=st.integers(1, 5),
+    window_size=st.integers(1, 30),
+    position=st.integers(0, 10**6),
+)
+def test_windows_foretell_every_shard(counts, num_lanes, window_size, position):
+    """What comes within some number of samples lies in windows that are open by then; substitutes in those open now."""
+    plan = Plan(np.array(counts), seed=7, num_lanes=num_lanes, window_size=window_size)
+    ahead = 2 * plan.num_samples
+    windows = list(itertools.takewhile(lambda window: window[0] <= ahead, plan.windows(position)))
+    opens = [samples for samples, _ in windows]
+    assert opens == sorted(opens)
+    first = {}
+    for samples, shards in windows:
+        assert plan.counts[shards].all()
+        for shard in shards.tolist():
+            first.setdefault(shard, samples)
+    _, shards, _ = plan.locate(np.arange(position, position + ahead))
+    assert all(first[shard] <= distance for distance, shard in enumerate(shards.tolist()))
+    assert set(first) >= set(shards.tolist())
+    shard, row = plan.locate_again(position, 1)
+    assert 0 <= row < counts[shard]
+    if plan.num_samples % plan.round_size == 0:
+        assert shard in {shard for samples, shards in windows if samples < plan.num_lanes for shard in shards}
