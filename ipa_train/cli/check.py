@@ -3,7 +3,7 @@
     ipa check experiment=sd15_linear run.name=first data.shards='/data/laion/{00000..41000}.tar'
 
 Takes what `ipa train` takes; binds every option, looks into the shards, loads the weights, runs one batch forward and
-backward, and says who will be able to load the result. Writes nothing but the shards' index.
+backward, and says who will be able to load the result. Writes nothing but the shards' index and copies of remote ones.
 """
 
 import argparse

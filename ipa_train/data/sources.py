@@ -140,7 +140,7 @@ class RemoteFile:
                 return
             if not insist:
                 _raise_fresh(failed)
-            os.ftruncate(descriptor, 0)
+            os.ftruncate(descriptor, 0)  # what a killed process left is neither gone on with nor counted
             self.copies.reserve(descriptor, self.version.num_bytes, self.url)
             self._fill(descriptor)
             os.fsync(descriptor)
