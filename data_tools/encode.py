@@ -64,6 +64,8 @@ class CacheWriter:
             raise ConfigError(f"--batch-size must be at least 1, got {batch_size}.")
         if len(data.sources) > 1:
             raise ConfigError("data.shards names several sources: encode each into a cache of its own.")
+        if not data.index.shards:
+            raise ConfigError("these shards are streamed, but encoding reads them at random: use data=shards.")
         if data.index.content != "pictures":
             raise ConfigError(f"data.shards: {data.index.shards[0].path.parent} holds features already.")
         if data.crop != "center":

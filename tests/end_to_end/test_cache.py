@@ -77,6 +77,12 @@ def test_processes_that_know_nothing_of_each_other_make_one_cache(train_command,
     assert (tmp_path / "shared" / "cache.json").read_bytes() == (alone / "cache.json").read_bytes()
 
 
+def test_a_stream_cannot_be_encoded(train_command, tmp_path, shards, capfd):
+    assert main(encode_command(train_command, tmp_path / "cache", "data=webdataset")) == 2
+    assert "encoding reads them at random: use data=shards" in capfd.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
 def test_another_encoder_or_adapter_is_refused_in_one_line(train_command, tmp_path, cached, capfd):
     _, cache = cached()
     for options, message in (

@@ -134,4 +134,4 @@ def test_check_reports(tiny_models, shards, tmp_path, capsys, train_command):
 
 def test_index(shards, capsys):
     assert main(["data", "index", str(shards)]) == 0
-    assert "60 samples in 3 shards, 0 incomplete" in capsys.readouterr().out
+    assert "index: 60 samples, 3 shards, 0 incomplete samples left out" in capsys.readouterr().out
