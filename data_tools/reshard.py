@@ -41,7 +41,7 @@ DESCRIPTION = "reshard.json"
 # Colours at full resolution, which costs 24 % of the bytes and 0.35 ms of decoding at 512 x 512 (quality 95, photos):
 # blurred colour edges are the one loss that no --quality can make small, and every pixel is trained on.
 _SUBSAMPLING = "4:4:4"
-_NUM_LANES, _WINDOW_SIZE = 8, 20_000  # an output shard mixes samples from about 24 source shards
+_NUM_LANES, _WINDOW_SIZE = 64, 20_000  # an output shard mixes samples from about 190 source shards
 
 Place = tuple[int, int]
 """An output shard: number of its bucket, and its number in the bucket."""

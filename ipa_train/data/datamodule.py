@@ -58,7 +58,7 @@ class StreamingDataModule(lightning.LightningDataModule):
         num_workers: int = 4,
         prefetch_factor: int = 4,
         seed: int = 0,
-        num_lanes: int = 8,
+        num_lanes: int = 64,
         window_size: int = 20_000,
         max_bad_rate: float = 0.001,
         on_missing_shard: str = "stop",

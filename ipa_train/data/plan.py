@@ -28,11 +28,12 @@ class Plan:
     """Where each position of the stream lies. Memory O(shards + num_lanes * window_size), whatever the data set's size.
 
     ``num_lanes`` and ``window_size`` set how far apart the samples of a batch come from: a batch reads from that many
-    places at once, each mixing a window as long as a few shards.
+    places at once, each mixing a window as long as a few shards. There are no more lanes than windows: a small data set
+    is shuffled as a whole.
     """
 
     def __init__(
-        self, counts: Int64[ndarray, "shards"], *, seed: int = 0, num_lanes: int = 8, window_size: int = 20_000
+        self, counts: Int64[ndarray, "shards"], *, seed: int = 0, num_lanes: int = 64, window_size: int = 20_000
     ) -> None:
         for name, value in (("num_lanes", num_lanes), ("window_size", window_size)):
             if value < 1:
@@ -41,12 +42,13 @@ class Plan:
             raise ConfigError(f"data.seed must be at least 0, got {seed}.")
         self.counts = np.asarray(counts, np.int64)
         self.num_samples = int(self.counts.sum())
+        num_lanes = max(1, min(num_lanes, -(-self.num_samples // window_size)))
         self.seed, self.num_lanes, self.window_size = seed, num_lanes, window_size
         longest, extra = divmod(self.num_samples, num_lanes)
         lengths = longest + (np.arange(num_lanes) < extra)
         self._lane_starts = np.concatenate([[0], np.cumsum(lengths)])
         self._shard_order = lru_cache(2)(self._draw_shard_order)
-        self._window = lru_cache(4 * num_lanes)(self._draw_window)
+        self._window = lru_cache(2 * num_lanes)(self._draw_window)
 
     def __reduce__(self) -> tuple[Callable[..., "Plan"], tuple[ndarray]]:
         # The caches stay here: workers that are spawned rather than forked get the plan pickled.
@@ -118,7 +120,8 @@ class Plan:
 
     def _draw_window(self, epoch: int, lane: int, window: int) -> ndarray:
         length = int(self._lane_starts[lane + 1] - self._lane_starts[lane]) - window * self.window_size
-        return keyed_generator(self.seed, 3, epoch, lane, window).permutation(min(self.window_size, length))
+        order = keyed_generator(self.seed, 3, epoch, lane, window).permutation(min(self.window_size, length))
+        return order.astype(np.int32)  # one is kept for each lane
 
 
 class Mixture:
