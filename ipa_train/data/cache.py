@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Int64
 from numpy import ndarray
 from torch import Tensor
@@ -33,7 +32,7 @@ from ipa_train.runtime.files import atomic_write
 
 VERSION = 1
 DESCRIPTION = "cache.json"
-_DTYPES = {"F16": torch.float16, "I64": torch.int64}
+_DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype(np.float16), "I64": np.dtype(np.int64)}
 _MAX_HEADER_BYTES = 2**16
 
 
@@ -133,7 +132,7 @@ def _short(value: object) -> str:
 
 class _Tensor(NamedTuple):
     name: str
-    dtype: torch.dtype
+    dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
 
@@ -236,16 +235,14 @@ class FeatureBatch:
         self.loader, self.layout = loader, layout
         count = len(positions)
         self._memory = BatchMemory(
-            ((count,), torch.int64),
-            ((count, 2), torch.int64),
-            *(((count, *t.shape), t.dtype) for t in layout.tensors),
+            ((count,), np.int64), ((count, 2), np.int64), *(((count, *t.shape), t.dtype) for t in layout.tensors)
         )
-        own_positions, target_sizes, *tensors = self._memory.tensors
-        own_positions.copy_(positions)
-        target_sizes[:] = torch.tensor(size)
+        own_positions, target_sizes, *arrays = self._memory.arrays
+        own_positions[:] = positions
+        target_sizes[:] = size
         self._header = bytearray(len(layout.header))
-        self._buffers = list(zip(*map(_rows, tensors), strict=True))
-        self._num_bytes = len(layout.header) + sum(tensor[0].nbytes for tensor in tensors)
+        self._buffers = list(zip(*map(_rows, arrays), strict=True))
+        self._num_bytes = len(layout.header) + sum(array[0].nbytes for array in arrays)
         self._flips = draw_flips(loader.seed, positions, loader.flip_rate)
 
     def load(self, i: int, shard: int, row: int) -> tuple[str, str]:
@@ -276,9 +273,9 @@ class FeatureBatch:
         )
 
 
-def _rows(tensor: Tensor) -> list[memoryview]:
+def _rows(array: ndarray) -> list[memoryview]:
     """The memory of each sample of a batch."""
-    whole, length = tensor.view(-1).view(torch.uint8).numpy().data, tensor[0].nbytes
+    whole, length = array.reshape(-1).view(np.uint8).data, array[0].nbytes
     return [whole[start : start + length] for start in range(0, len(whole), length)]
 
 
