@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from benchmarks import order
-from benchmarks.reporting import Batches, facts, finish, measure, measure_with_worker, parser, table
+from benchmarks.reporting import Batches, cost, facts, finish, measure, measure_with_worker, parser, table
 from benchmarks.synthetic import draw_caption, draw_picture, jpeg, write_pictures
 from benchmarks.tutorial import RESOLUTION, resize_and_center_crop, tutorial_batches, webdataset_batches
 from ipa_train.conditioning.image_encoder import resize_and_crop
@@ -119,12 +119,12 @@ def run(work: Path, *, num_pictures: int, batch_size: int, rounds: int, num_samp
     num_batches = num_pictures // batch_size
     makers = pipelines(work, batch_size)
     opened = {name: make() for name, make in makers.items()}
-    cases: dict[str, Callable[[], int]] = {}
+    cases: dict[str, Callable[[], float]] = {}
     for name, batches in opened.items():
         first = next(batches)
-        cases[name] = partial(read_batches, batches, num_batches)
+        cases[name] = partial(cost, partial(read_batches, batches, num_batches))
         if name.startswith(f"{OURS}, "):
-            cases[name.replace(OURS, DEVICE)] = partial(on_device, first)
+            cases[name.replace(OURS, DEVICE)] = partial(cost, partial(on_device, first))
     costs = measure(cases, rounds=rounds)
     with_worker = measure_with_worker(
         {name: make for name, make in makers.items() if name.startswith((f"{TUTORIAL},", f"{OURS},"))},
@@ -179,8 +179,8 @@ def markdown(figures: Any) -> str:
     costs, with_worker = figures["cpu_us_per_sample"], figures["cpu_us_per_sample_with_one_worker"]
     first = f"{TUTORIAL}, {FORMS[0]}"
     rows = []
-    for name, cost in costs.items():
-        row = [name, f"{1e6 / cost:.0f}", f"{costs[first] / cost:.1f}"]
+    for name, found in costs.items():
+        row = [name, f"{1e6 / found:.0f}", f"{costs[first] / found:.1f}"]
         worker = with_worker.get(name)
         rows.append([*row, *([f"{1e6 / worker:.0f}", f"{with_worker[first] / worker:.1f}"] if worker else ["", ""])])
     header = ["pictures", "samples/s per core", "times the first", "with one worker process", "times the first"]
