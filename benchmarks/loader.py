@@ -11,7 +11,6 @@ is measured at 372M samples in 41k shards. Takes about two minutes.
 
 import logging
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,17 +22,18 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from benchmarks import order
-from benchmarks.reporting import Batches, facts, finish, measure, measure_with_worker, parser, table
+from benchmarks.reporting import Batches, cost, facts, finish, measure, measure_with_worker, parser, table
 from benchmarks.synthetic import draw_caption, draw_picture, jpeg, write_pictures
 from benchmarks.tutorial import RESOLUTION, resize_and_center_crop, tutorial_batches, webdataset_batches
 from ipa_train.conditioning.image_encoder import resize_and_crop
 from ipa_train.data.batch import Batch, Pictures
 from ipa_train.data.datamodule import StreamingDataModule
-from ipa_train.data.index import build_index
 from ipa_train.data.pictures import PictureLoader
 
 SIZES = ((560, 768), (768, 560), (656, 656), (480, 896), (610, 705))
 PROMPT = 224
+BUFFER = 5000
+"""Samples in webdataset's shuffle buffer, open_clip's size; each of 8 ranks has one."""
 FORMS = ("as downloaded", "short side 512", "512 x 512")
 TUTORIAL, PLAIN, OURS = "tutorial_train", "webdataset", "ipa-train"
 PROMPTS, DEVICE = "ipa-train with image prompts of 224", "what ipa-train leaves to the device, on the CPU"
@@ -112,15 +112,6 @@ def pipelines(work: Path, batch_size: int) -> dict[str, Callable[..., Batches]]:
     return makers
 
 
-def index_cost(folder: Path, index_dir: Path) -> dict[str, float]:
-    """Of building the index of a folder of shards."""
-    start = time.process_time()
-    index = build_index(str(folder), index_dir=index_dir, num_workers=1)
-    seconds, num_samples = time.process_time() - start, int(index.counts.sum())
-    size = sum(shard.rows_path.stat().st_size for shard in index.shards)
-    return {"us_per_sample": 1e6 * seconds / num_samples, "bytes_per_sample": size / num_samples}
-
-
 def run(work: Path, *, num_pictures: int, batch_size: int, rounds: int, num_samples: int, num_shards: int) -> Any:
     """All figures."""
     if not (work / FORMS[0]).exists():
@@ -128,12 +119,12 @@ def run(work: Path, *, num_pictures: int, batch_size: int, rounds: int, num_samp
     num_batches = num_pictures // batch_size
     makers = pipelines(work, batch_size)
     opened = {name: make() for name, make in makers.items()}
-    cases: dict[str, Callable[[], int]] = {}
+    cases: dict[str, Callable[[], float]] = {}
     for name, batches in opened.items():
         first = next(batches)
-        cases[name] = partial(read_batches, batches, num_batches)
+        cases[name] = partial(cost, partial(read_batches, batches, num_batches))
         if name.startswith(f"{OURS}, "):
-            cases[name.replace(OURS, DEVICE)] = partial(on_device, first)
+            cases[name.replace(OURS, DEVICE)] = partial(cost, partial(on_device, first))
     costs = measure(cases, rounds=rounds)
     with_worker = measure_with_worker(
         {name: make for name, make in makers.items() if name.startswith((f"{TUTORIAL},", f"{OURS},"))},
@@ -142,6 +133,14 @@ def run(work: Path, *, num_pictures: int, batch_size: int, rounds: int, num_samp
         rounds=rounds,
     )
     counts = order.draw_counts(num_samples, num_shards)
+    full_size = {
+        "num_shards": num_shards,
+        "shard_size": num_samples // num_shards,
+        "window_size": 20_000,
+        "buffer_size": BUFFER,
+    }
+    with tempfile.TemporaryDirectory(dir=work) as scratch:
+        index = order.measure_index(work / FORMS[0], Path(scratch), num_shards=num_shards)
     kinds = {"one bucket": order.single, "10 buckets": order.bucketed, "3 mixed sources": order.mixed}
     return {
         **facts(),
@@ -154,19 +153,20 @@ def run(work: Path, *, num_pictures: int, batch_size: int, rounds: int, num_samp
         "cpu_us_per_sample": costs,
         "cpu_us_per_sample_with_one_worker": with_worker,
         "mean_difference_of_255": {form: parity(work / form) for form in FORMS},
-        "index": {"pictures": index_cost(work / FORMS[0], work / f"index-{time.time_ns()}")},
+        "index": index,
         "order": {
             "samples": int(counts.sum()),
             "shards": len(counts),
             "global_batch_size": order.GLOBAL_BATCH_SIZE,
             **{name: order.measure_order(make, counts, num_steps=2000) for name, make in kinds.items()},
         },
-        "distinct_shards_of_64_in_a_batch": order.distinct_shards(
-            num_shards=64, shard_size=1000, window_size=8000, buffer_size=5000
-        ),
-        "distinct_shards_at_full_size": order.distinct_shards(
-            num_shards=num_shards, shard_size=num_samples // num_shards, window_size=20_000, buffer_size=5000
-        ),
+        "distinct_shards": {
+            "64 shards of 1,000, windows of 8,000": order.distinct_shards(
+                num_shards=64, shard_size=1000, window_size=8000, buffer_size=BUFFER
+            ),
+            "full size, defaults": order.distinct_shards(**full_size),
+            "full size, data.num_lanes=256": order.distinct_shards(**full_size, num_lanes=256),
+        },
     }
 
 
@@ -179,8 +179,8 @@ def markdown(figures: Any) -> str:
     costs, with_worker = figures["cpu_us_per_sample"], figures["cpu_us_per_sample_with_one_worker"]
     first = f"{TUTORIAL}, {FORMS[0]}"
     rows = []
-    for name, cost in costs.items():
-        row = [name, f"{1e6 / cost:.0f}", f"{costs[first] / cost:.1f}"]
+    for name, found in costs.items():
+        row = [name, f"{1e6 / found:.0f}", f"{costs[first] / found:.1f}"]
         worker = with_worker.get(name)
         rows.append([*row, *([f"{1e6 / worker:.0f}", f"{with_worker[first] / worker:.1f}"] if worker else ["", ""])])
     header = ["pictures", "samples/s per core", "times the first", "with one worker process", "times the first"]
@@ -196,13 +196,10 @@ def markdown(figures: Any) -> str:
         if isinstance(found, dict)
     ]
     mixing = [
-        [label, *(f"{figures[key][name]:.1f}" for name in ("ours", "webdataset", "ideal"))]
-        for label, key in (
-            ("64 shards", "distinct_shards_of_64_in_a_batch"),
-            ("full size", "distinct_shards_at_full_size"),
-        )
+        [kind, *(f"{found[name]:.1f}" for name in ("ours", "webdataset", "ideal"))]
+        for kind, found in figures["distinct_shards"].items()
     ]
-    index = figures["index"]["pictures"]
+    index = figures["index"]
     return "\n".join(
         [
             pictures,
@@ -220,7 +217,8 @@ def markdown(figures: Any) -> str:
                 orders,
             ),
             table(["distinct shards in a global batch of 256", "ipa-train", "webdataset", "ideal"], mixing),
-            f"Index: {index['us_per_sample']:.0f} us and {index['bytes_per_sample']:.0f} bytes per sample, once.\n",
+            f"Index: {index['us_per_sample']:.0f} us and {index['bytes_per_sample']:.0f} bytes per sample, once;\n"
+            f"a start reads what it says of {figures['order']['shards']:,} shards in {index['read_seconds']:.1f} s.\n",
         ]
     )
 

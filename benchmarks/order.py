@@ -3,6 +3,8 @@
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,8 @@ from numpy import ndarray
 
 from ipa_train.data.buckets import BucketSchedule
 from ipa_train.data.decode import Decoder
-from ipa_train.data.index import Index
+from ipa_train.data.index import Index, build_index
+from ipa_train.data.index_file import write_entries
 from ipa_train.data.pictures import PictureLoader
 from ipa_train.data.pipeline import StreamSampler
 from ipa_train.data.plan import Plan
@@ -48,7 +51,7 @@ def _stream(counts: ndarray, *, num_sources: int) -> Stream:
     parts = np.array_split(np.arange(counts.shape[1]), num_sources)
     sources = {f"source{number}": part for number, part in enumerate(parts)}
     weights = {name: 1.0 + number for number, name in enumerate(sources)} if num_sources > 1 else None
-    options: dict[str, Any] = {"seed": 0, "num_lanes": 8, "window_size": 20_000}
+    options: dict[str, Any] = {"seed": 0, "num_lanes": 64, "window_size": 20_000}
     return make_stream(loader, buckets, counts, sources, weights=weights, **options)
 
 
@@ -96,10 +99,36 @@ def measure_order(make: Callable[[ndarray], Stream], counts: ndarray, *, num_ste
     }
 
 
-def distinct_shards(*, num_shards: int, shard_size: int, window_size: int, buffer_size: int) -> dict[str, float]:
+def measure_index(folder: Path, scratch: Path, *, num_shards: int) -> dict[str, float]:
+    """What building the index of ``folder`` costs per sample, and what reading one of ``num_shards`` costs a start."""
+    started = time.process_time()
+    index = build_index(str(folder), index_dir=scratch / "index", num_workers=1)
+    seconds, num_samples = time.process_time() - started, int(index.counts.sum())
+    num_bytes = sum(shard.rows_path.stat().st_size for shard in index.shards)
+    many, entry = scratch / "many", replace(index.shards[0].entry, tar_bytes=0)
+    many.mkdir()
+    entries = {}
+    for number in range(num_shards):
+        tar, rows = many / f"{number:05d}.tar", many / f"{number:05d}.idx.npy"
+        tar.touch()
+        rows.touch()
+        entries[rows.name] = replace(entry, tar_version=str(tar.stat().st_mtime_ns))
+    write_entries({many: entries})
+    started = time.perf_counter()
+    build_index(str(many))
+    return {
+        "us_per_sample": 1e6 * seconds / num_samples,
+        "bytes_per_sample": num_bytes / num_samples,
+        "read_seconds": time.perf_counter() - started,
+    }
+
+
+def distinct_shards(
+    *, num_shards: int, shard_size: int, window_size: int, buffer_size: int, num_lanes: int = 64
+) -> dict[str, float]:
     """Different shards in a global batch on average: ours, webdataset's over as many streams as ranks, and ideal."""
     counts = np.full(num_shards, shard_size)
-    plan = Plan(counts, num_lanes=8, window_size=window_size)
+    plan = Plan(counts, num_lanes=num_lanes, window_size=window_size)
     starts = range(0, plan.num_samples // 2, plan.num_samples // 50)
     mine = [len(np.unique(plan.locate(np.arange(s, s + GLOBAL_BATCH_SIZE))[1])) for s in starts]
     streams = [_webdataset_shards(rank, num_shards, shard_size, buffer_size) for rank in range(8)]

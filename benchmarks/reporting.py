@@ -24,19 +24,24 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def measure(cases: Mapping[Name, Callable[[], int]], *, rounds: int) -> dict[Name, float]:
-    """Least CPU microseconds per sample of each case.
+def cost(work: Callable[[], int]) -> float:
+    """CPU microseconds per sample of some work, which returns how many samples it was."""
+    start = cpu_seconds()
+    num_samples = work()
+    return 1e6 * (cpu_seconds() - start) / num_samples
 
-    A case does some work and returns how many samples it was. Cases take turns, so that whatever else the machine does
-    meets all of them, and the least of the rounds is what remains without it.
+
+def measure(cases: Mapping[Name, Callable[[], float]], *, rounds: int) -> dict[Name, float]:
+    """Least cost of each case.
+
+    Cases take turns, so that whatever else the machine does meets all of them, and the least of the rounds is what
+    remains without it.
     """
     least: dict[Name, float] = {}
     for _ in range(rounds):
-        for name, work in cases.items():
-            start = cpu_seconds()
-            num_samples = work()
-            cost = 1e6 * (cpu_seconds() - start) / num_samples
-            least[name] = min(cost, least.get(name, cost))
+        for name, case in cases.items():
+            found = case()
+            least[name] = min(found, least.get(name, found))
     return least
 
 
@@ -53,7 +58,9 @@ def measure_with_worker(
         return 1
 
     lengths = (num_batches, 3 * num_batches)
-    cases = {(name, count): partial(read, make, count) for name, make in makers.items() for count in lengths}
+    cases = {
+        (name, count): partial(cost, partial(read, make, count)) for name, make in makers.items() for count in lengths
+    }
     found = measure(cases, rounds=rounds)
     num_samples = (lengths[1] - lengths[0]) * batch_size
     return {name: (found[name, lengths[1]] - found[name, lengths[0]]) / num_samples for name in makers}

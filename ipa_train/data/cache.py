@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Int64
 from numpy import ndarray
 from torch import Tensor
@@ -36,8 +35,7 @@ from ipa_train.runtime.files import atomic_write
 
 VERSION = 1
 DESCRIPTION = "cache.json"
-_DTYPES = {"F16": torch.float16, "I64": torch.int64}
-_NUMPY_DTYPES: dict[torch.dtype, np.dtype[Any]] = {torch.float16: np.dtype("<f2"), torch.int64: np.dtype("<i8")}
+_DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype(np.float16), "I64": np.dtype(np.int64)}
 _MAX_HEADER_BYTES = 2**16
 _UNLIKE_NEIGHBOURS = "its features are laid out unlike those of its neighbours"
 
@@ -141,7 +139,7 @@ def _read_description(folder: str, read: Callable[[], bytes]) -> CacheDescriptio
 
 class _Tensor(NamedTuple):
     name: str
-    dtype: torch.dtype
+    dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
 
@@ -171,7 +169,7 @@ class Layout:
         if len(data) != length:
             raise DataError(f"its features are {len(data)} bytes long, not {length}")
         for tensor in self.tensors:
-            values = np.frombuffer(data, _NUMPY_DTYPES[tensor.dtype], math.prod(tensor.shape), start)
+            values = np.frombuffer(data, tensor.dtype, math.prod(tensor.shape), start)
             start += values.nbytes
             if not np.isfinite(values).all():
                 raise DataError(f"its {tensor.name} are not finite")
@@ -264,16 +262,14 @@ class FeatureBatch:
         self.loader, self.layout = loader, layout
         count = len(positions)
         self._memory = BatchMemory(
-            ((count,), torch.int64),
-            ((count, 2), torch.int64),
-            *(((count, *t.shape), t.dtype) for t in layout.tensors),
+            ((count,), np.int64), ((count, 2), np.int64), *(((count, *t.shape), t.dtype) for t in layout.tensors)
         )
-        own_positions, target_sizes, *tensors = self._memory.tensors
-        own_positions.copy_(positions)
-        target_sizes[:] = torch.tensor(size)
+        own_positions, target_sizes, *arrays = self._memory.arrays
+        own_positions[:] = positions
+        target_sizes[:] = size
         self._header = bytearray(len(layout.header))
-        self._buffers = list(zip(*map(_rows, tensors), strict=True))
-        self._num_bytes = len(layout.header) + sum(tensor[0].nbytes for tensor in tensors)
+        self._buffers = list(zip(*map(_rows, arrays), strict=True))
+        self._num_bytes = len(layout.header) + sum(array[0].nbytes for array in arrays)
         self._flips = draw_flips(loader.seed, positions, loader.flip_rate)
 
     def load(self, i: int, shard: int, row: int) -> tuple[str, str]:
@@ -304,9 +300,9 @@ class FeatureBatch:
         )
 
 
-def _rows(tensor: Tensor) -> list[memoryview]:
+def _rows(array: ndarray) -> list[memoryview]:
     """The memory of each sample of a batch."""
-    whole, length = tensor.view(-1).view(torch.uint8).numpy().data, tensor[0].nbytes
+    whole, length = array.reshape(-1).view(np.uint8).data, array[0].nbytes
     return [whole[start : start + length] for start in range(0, len(whole), length)]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from ipa_train.data.batch import Batch, Pictures
@@ -56,17 +56,17 @@ class PictureBatch:
 
     def __init__(self, loader: PictureLoader, size: Bucket, positions: Tensor, flips: Sequence[bool]) -> None:
         self.loader, self.flips, count = loader, flips, len(positions)
-        sides = (count, 2), torch.int64
+        sides = (count, 2), np.int64
         # Rows of pixels as decoders write them: no sample is transposed, and convolutions like this order.
-        pictures = [((count, *size, 3), torch.uint8)]
+        pictures = [((count, *size, 3), np.uint8)]
         if loader.image_prompt_size is not None:
-            pictures.append(((count, loader.image_prompt_size, loader.image_prompt_size, 3), torch.uint8))
-        self._memory = BatchMemory(((count,), torch.int64), sides, sides, sides, *pictures)
-        own_positions, original_sizes, crop_top_lefts, target_sizes, pixels, *prompts = self._memory.tensors
-        own_positions.copy_(positions)
-        target_sizes[:] = torch.tensor(size)
-        self._original_sizes, self._crop_top_lefts = original_sizes.numpy(), crop_top_lefts.numpy()
-        self._pixels, self._prompts = pixels.numpy(), [prompt.numpy() for prompt in prompts]
+            pictures.append(((count, loader.image_prompt_size, loader.image_prompt_size, 3), np.uint8))
+        self._memory = BatchMemory(((count,), np.int64), sides, sides, sides, *pictures)
+        own_positions, self._original_sizes, self._crop_top_lefts, target_sizes, self._pixels, *self._prompts = (
+            self._memory.arrays
+        )
+        own_positions[:] = positions
+        target_sizes[:] = size
         self.crops = None
         if loader.crop == "random":
             self.crops = Draws(loader.seed, positions).uniform("crop", (2,)).tolist()

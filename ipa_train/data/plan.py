@@ -62,14 +62,14 @@ class Plan:
         windows, places = np.divmod(offsets, self.window_size)
         samples = self._lane_starts[lanes] + windows * self.window_size
         keys = (epochs * (self.num_samples // self.window_size + 1) + windows) * self.num_lanes + lanes
-        for first in _firsts(keys):
-            here = keys == keys[first]
-            window = self._window(int(epochs[first]), int(lanes[first]), int(windows[first]))
+        for one in _examples(keys):
+            here = keys == keys[one]
+            window = self._window(int(epochs[one]), int(lanes[one]), int(windows[one]))
             samples[here] += window[places[here]]
         shards, rows = np.empty_like(samples), np.empty_like(samples)
-        for first in _firsts(epochs):
-            here = epochs == epochs[first]
-            order, ends = self._shard_order(int(epochs[first]))
+        for one in _examples(epochs):
+            here = epochs == epochs[one]
+            order, ends = self._shard_order(int(epochs[one]))
             place = np.searchsorted(ends, samples[here], side="right")
             shards[here] = order[place]
             rows[here] = samples[here] - ends[place] + self.counts[shards[here]]
@@ -190,9 +190,9 @@ class Mixture:
         return (np.cumsum(lanes) - lanes)[sources] + inner % lanes[sources]
 
 
-def _firsts(values: Int64[ndarray, "n"]) -> list[int]:
-    """Where each different value is first met."""
-    return np.unique(values, return_index=True)[1].tolist()
+def _examples(values: Int64[ndarray, "n"]) -> list[int]:
+    """One place for each different value; of a batch's few hundred faster than ``np.unique``."""
+    return list({value: place for place, value in enumerate(values.tolist())}.values())
 
 
 def _round_to_sum(values: ndarray, total: int) -> Int64[ndarray, "n"]:

@@ -3,9 +3,12 @@
 import errno
 import math
 import os
+from itertools import accumulate
 
 import numpy as np
 import torch
+from numpy import ndarray
+from numpy.typing import DTypeLike
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
@@ -15,27 +18,32 @@ _ALIGNMENT = 64
 
 
 class BatchMemory:
-    """Uninitialised tensors of these shapes and types, side by side in one piece of memory.
+    """Uninitialised arrays of these shapes and types, side by side in one piece of memory.
 
     One piece, because each that is shared is handed over through a socket of its own, at 0.5 ms of CPU time.
     """
 
-    def __init__(self, *parts: tuple[tuple[int, ...], torch.dtype]) -> None:
-        self._parts = parts
-        lengths = [math.prod(shape) * dtype.itemsize for shape, dtype in parts]
-        self._ends = np.cumsum([-(-length // _ALIGNMENT) * _ALIGNMENT for length in lengths]).tolist()
-        self._block = np.empty(self._ends[-1], np.uint8)  # not torch's: NumPy asks for huge pages
-        self.tensors = self._lay_out(torch.from_numpy(self._block).untyped_storage())
+    def __init__(self, *parts: tuple[tuple[int, ...], DTypeLike]) -> None:
+        kinds = [(shape, np.dtype(dtype)) for shape, dtype in parts]
+        lengths = [math.prod(shape) * dtype.itemsize for shape, dtype in kinds]
+        ends = list(accumulate(-(-length // _ALIGNMENT) * _ALIGNMENT for length in lengths))
+        self._starts = [0, *ends[:-1]]
+        self._block = np.empty(ends[-1], np.uint8)  # not torch's: NumPy asks for huge pages
+        self.arrays: list[ndarray] = [
+            self._block[start : start + length].view(dtype).reshape(shape)
+            for start, length, (shape, dtype) in zip(self._starts, lengths, kinds, strict=True)
+        ]
 
     def hand_over(self) -> list[Tensor]:
-        """The tensors, to be filled no more; in a worker, in memory that the training process maps without a copy.
+        """The arrays as tensors, to be filled no more; in a worker, in memory that the training process maps.
 
         Raises:
             DataError: there is no shared memory left.
         """
+        tensors = [torch.from_numpy(array) for array in self.arrays]
         if get_worker_info() is None:
-            return self.tensors
-        size = self._ends[-1]
+            return tensors
+        size = len(self._block)
         shared = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
         descriptor, _ = shared._share_fd_cpu_()
         # Written as a file: to decode straight into its fresh pages costs a page fault for each, far more than a copy.
@@ -51,10 +59,7 @@ class BatchMemory:
                 f"no shared memory (/dev/shm) left for a batch of {size / 2**20:.0f} MiB: give the container more "
                 "(docker run --shm-size), or lower data.num_workers or data.prefetch_factor."
             )
-        return self._lay_out(shared)
-
-    def _lay_out(self, storage: torch.UntypedStorage) -> list[Tensor]:
         return [
-            torch.empty(0, dtype=dtype).set_(storage, start // dtype.itemsize, shape)  # type: ignore[call-overload]
-            for start, (shape, dtype) in zip([0, *self._ends[:-1]], self._parts, strict=True)
+            torch.empty(0, dtype=own.dtype).set_(shared, start // own.itemsize, own.shape)  # type: ignore[call-overload]
+            for start, own in zip(self._starts, tensors, strict=True)
         ]

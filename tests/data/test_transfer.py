@@ -3,14 +3,14 @@
 import errno
 import os
 
+import numpy as np
 import pytest
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ipa_train.data.transfer import BatchMemory
 from ipa_train.errors import DataError
 
-PARTS = [((3,), torch.int64), ((3, 5), torch.uint8), ((3, 2, 2), torch.float16)]
+PARTS = [((3,), np.int64), ((3, 5), np.uint8), ((3, 2, 2), np.float16)]
 
 
 class Filled(Dataset):
@@ -19,8 +19,8 @@ class Filled(Dataset):
 
     def __getitem__(self, number):
         memory = BatchMemory(*PARTS)
-        for part, tensor in enumerate(memory.tensors):
-            tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) + 10 * part + number)
+        for part, array in enumerate(memory.arrays):
+            array[:] = np.arange(array.size).reshape(array.shape) + 10 * part + number
         return memory.hand_over()
 
 
@@ -28,7 +28,7 @@ class Filled(Dataset):
 def test_tensors_arrive_as_they_were_filled(workers):
     for number, tensors in enumerate(DataLoader(Filled(), batch_size=None, num_workers=workers)):
         for part, ((shape, dtype), tensor) in enumerate(zip(PARTS, tensors, strict=True)):
-            assert (tensor.shape, tensor.dtype) == (shape, dtype)
+            assert (tensor.shape, tensor.numpy().dtype) == (shape, dtype)
             assert tensor.flatten().tolist() == [10 * part + number + i for i in range(tensor.numel())]
             assert tensor.is_shared() == bool(workers)
 
