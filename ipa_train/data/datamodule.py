@@ -20,7 +20,7 @@ from ipa_train.data.local_copies import LocalCopies
 from ipa_train.data.pictures import PictureLoader
 from ipa_train.data.pipeline import LoadedBatch, Places, StreamDataset, StreamSampler, count_micro_batches
 from ipa_train.data.plan import rank_share
-from ipa_train.data.prefetch import Prefetcher, require_room
+from ipa_train.data.prefetch import Lanes, Prefetcher, lanes_of_node, require_room
 from ipa_train.data.reader import ShardReader
 from ipa_train.data.stream import Stream, choose_buckets, make_stream
 from ipa_train.data.tolerance import ErrorBudget
@@ -70,6 +70,7 @@ class StreamingDataModule(lightning.LightningDataModule):
         cache_dir: str | None = None,
         cache_gib: float = 100.0,
         patience_seconds: float = 60.0,
+        num_nodes: int = 1,
         bad_samples_dir: str | None = None,
         encoders: dict[str, Any] | None = None,
     ) -> None:
@@ -81,6 +82,7 @@ class StreamingDataModule(lightning.LightningDataModule):
             "prefetch_factor": prefetch_factor,
             "num_lanes": num_lanes,
             "window_size": window_size,
+            "num_nodes": num_nodes,
         }
         for name, value in positive.items():
             if value < 1:
@@ -100,6 +102,7 @@ class StreamingDataModule(lightning.LightningDataModule):
         self.max_member_bytes = max_member_bytes
         self.allow_missing_stats, self.allow_index_change = allow_missing_stats, allow_index_change
         self.index_dir = None if index_dir is None else Path(index_dir)
+        self.num_nodes = num_nodes
         self.copies = None
         if cache_dir is not None:
             self.copies = LocalCopies(Path(cache_dir), max_gib=cache_gib, patience_seconds=patience_seconds)
@@ -198,8 +201,13 @@ class StreamingDataModule(lightning.LightningDataModule):
 
     def _with_room(self, stream: Stream) -> Stream:
         if self.copies is not None and self.index.is_remote:
-            require_room(stream, self.copies)
+            require_room(stream, self._lanes(stream, np.zeros(len(stream.buckets), np.int64), 0), self.copies)
         return stream
+
+    def _lanes(self, stream: Stream, positions: np.ndarray, node: int) -> Lanes:
+        return lanes_of_node(
+            stream, positions, global_batch_size=self.global_batch_size, node=node, num_nodes=self.num_nodes
+        )
 
     def setup(self, stage: str) -> None:
         """Open this rank's log of bad samples."""
@@ -230,7 +238,8 @@ class StreamingDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader[LoadedBatch]:
         """The stream from the current position on, for this rank; remote shards are downloaded ahead of it."""
         if self.copies is not None and self.index.is_remote and self.trainer.local_rank == 0:
-            self._prefetcher = Prefetcher(self.stream, self.positions, self.copies)
+            lanes = self._lanes(self.stream, self.positions, self.trainer.node_rank)
+            self._prefetcher = Prefetcher(self.stream, self.positions, lanes, self.copies)
         return self.loader(
             self.positions, rank=self.trainer.global_rank, world_size=self.trainer.world_size, workers=self.num_workers
         )

@@ -91,8 +91,8 @@ class Plan:
         """Samples from the opening of one window of each lane to that of the next ones; an epoch, if it is shorter."""
         return min(self.num_lanes * self.window_size, self.num_samples)
 
-    def windows(self, position: int) -> Iterator[tuple[int, Int64[ndarray, "shards"]]]:
-        """Yield (samples until it opens, its shards) of the windows that are open at ``position`` and all later ones.
+    def windows(self, position: int) -> Iterator[tuple[int, int, Int64[ndarray, "shards"]]]:
+        """Yield (samples until it opens, lane, shards) of the windows that are open at ``position`` and all later ones.
 
         For ever, and in the order in which they open.
         """
@@ -107,12 +107,12 @@ class Plan:
                 for lane in np.flatnonzero(starts < stops).tolist():
                     i, j = np.searchsorted(ends, [starts[lane], stops[lane] - 1], side="right")
                     shards = order[i : j + 1]
-                    yield max(0, opens + lane - position), shards[self.counts[shards] > 0]
+                    yield max(0, opens + lane - position), lane, shards[self.counts[shards] > 0]
             epoch, first = epoch + 1, 0
 
     def lanes(self, positions: Int64[ndarray, "b"]) -> Int64[ndarray, "b"]:
         """The lane of each position: samples of one lane come from the same few shards."""
-        return np.asarray(positions, np.int64) % self.num_lanes
+        return np.asarray(positions, np.int64) % self.num_samples % self.num_lanes
 
     def _draw_shard_order(self, epoch: int) -> tuple[ndarray, ndarray]:
         order = keyed_generator(self.seed, 2, epoch).permutation(len(self.counts))
@@ -137,6 +137,9 @@ class Mixture:
         if len(plans) != len(weights):
             raise ValueError(f"{len(plans)} plans, but {len(weights)} weights")
         self.plans = list(plans)
+        self._num_lanes = np.array([plan.num_lanes for plan in self.plans])
+        self._num_samples = np.array([plan.num_samples for plan in self.plans])
+        self._first_lanes = np.cumsum(self._num_lanes) - self._num_lanes
         shares = np.asarray(weights, np.float64) / np.sum(weights)
         self._counts = _round_to_sum(shares * self.CYCLE, self.CYCLE)
         # Sources take their turns as evenly as points on a line: the k-th of n at (k + 1/2) / n of the cycle.
@@ -163,10 +166,11 @@ class Mixture:
         cycles, rest = divmod(position, self.CYCLE)
         return cycles * self._counts + np.bincount(self._source[:rest], minlength=len(self._counts))
 
-    def parts(self, position: int) -> list[tuple[Plan, int, float]]:
-        """The plan of each source that comes at all, where it is at ``position``, and its share of the samples."""
-        places = zip(self.plans, self.consumed(position).tolist(), self._counts / self.CYCLE, strict=True)
-        return [(plan, inner, share) for plan, inner, share in places if share > 0]
+    def parts(self, position: int) -> list[tuple[Plan, int, float, int]]:
+        """Of each source that comes at all: plan, where it is at ``position``, share of the samples, first lane."""
+        shares = self._counts / self.CYCLE
+        places = zip(self.plans, self.consumed(position).tolist(), shares, self._first_lanes.tolist(), strict=True)
+        return [part for part in places if part[2] > 0]
 
     def locate(self, positions: Int64[ndarray, "b"]) -> tuple[ndarray, ndarray, ndarray]:
         """Return (epoch of its source, shard, row in the shard's index) of each position."""
@@ -186,8 +190,7 @@ class Mixture:
     def lanes(self, positions: Int64[ndarray, "b"]) -> Int64[ndarray, "b"]:
         """The lane of each position, of its source."""
         sources, inner = self.split(positions)
-        lanes = np.array([plan.num_lanes for plan in self.plans])
-        return (np.cumsum(lanes) - lanes)[sources] + inner % lanes[sources]
+        return self._first_lanes[sources] + inner % self._num_samples[sources] % self._num_lanes[sources]
 
 
 def _examples(values: Int64[ndarray, "n"]) -> list[int]:

@@ -25,25 +25,42 @@ from numpy import ndarray
 
 from ipa_train.data.index import Shard
 from ipa_train.data.local_copies import GIB, LocalCopies
-from ipa_train.data.plan import Plan
+from ipa_train.data.plan import Plan, rank_share
 from ipa_train.data.sources import RemoteFile
 from ipa_train.data.stream import Stream
 from ipa_train.errors import ConfigError
 
 NUM_CONNECTIONS = 4
 _MAX_WINDOWS = 20_000
+_NUM_BATCHES = 64  # which lanes a node reads shows within so many
+Lanes = list[frozenset[int]]
+"""Of each bucket, those that a node reads."""
 _TICK_SECONDS = 0.2
 _log = logging.getLogger(__name__)
 
 
+def lanes_of_node(
+    stream: Stream, positions: Int64[ndarray, "buckets"], *, global_batch_size: int, node: int, num_nodes: int
+) -> Lanes:
+    """The lanes that one of several nodes reads: batches are shared out lane by lane, so each reads its own."""
+    found = []
+    for plan, position, share in zip(stream.plans, positions.tolist(), stream.shares, strict=True):
+        lanes = set[int]()
+        for start in range(position, position + _NUM_BATCHES * global_batch_size, global_batch_size):
+            if share > 0:
+                lanes.update(plan.lanes(start + rank_share(plan, start, global_batch_size, node, num_nodes)).tolist())
+        found.append(frozenset(lanes))
+    return found
+
+
 def shards_ahead(
-    stream: Stream, positions: Int64[ndarray, "buckets"], sizes: Mapping[int, int], *, max_bytes: int
+    stream: Stream, positions: Int64[ndarray, "buckets"], lanes: Lanes, sizes: Mapping[int, int], *, max_bytes: int
 ) -> list[int]:
-    """Remote shards in the order in which the stream needs them from ``positions`` on, as many as fit together.
+    """Remote shards in the order in which these lanes need them from ``positions`` on, as many as fit together.
 
     ``sizes`` are those of :func:`remote_sizes`.
     """
-    windows = heapq.merge(*(_windows(stream, *part) for part in stream.parts(positions)), key=itemgetter(0))
+    windows = heapq.merge(*(_windows(stream, lanes, *part) for part in stream.parts(positions)), key=itemgetter(0))
     wanted: dict[int, None] = {}
     for shard in (shard for _, shards in islice(windows, _MAX_WINDOWS) for shard in shards):
         if shard in sizes and shard not in wanted:
@@ -56,7 +73,7 @@ def shards_ahead(
     return list(wanted)
 
 
-def require_room(stream: Stream, copies: LocalCopies) -> None:
+def require_room(stream: Stream, lanes: Lanes, copies: LocalCopies) -> None:
     """See whether the copies fit: those that are read at once under the cap, and all under the cap on the disk.
 
     At once are read the shards of the open windows and, as workers run ahead, of the next ones.
@@ -65,8 +82,8 @@ def require_room(stream: Stream, copies: LocalCopies) -> None:
         ConfigError: they do not; says what would.
     """
     sizes, needed = remote_sizes(stream), set[int]()
-    for bucket, plan, position, share in stream.parts(np.zeros(len(stream.plans), np.int64)):
-        for samples, shards in _windows(stream, bucket, plan, position, share):
+    for bucket, plan, position, share, lane in stream.parts(np.zeros(len(stream.plans), np.int64)):
+        for samples, shards in _windows(stream, lanes, bucket, plan, position, share, lane):
             if samples * share > plan.round_size + plan.num_lanes:
                 break
             needed.update(shards)
@@ -90,10 +107,15 @@ def remote_sizes(stream: Stream) -> dict[int, int]:
     return {n: s.entry.tar_bytes for n, s in shards if isinstance(s.tar, RemoteFile) and s.entry.num_samples}
 
 
-def _windows(stream: Stream, bucket: int, plan: Plan, position: int, share: float) -> Iterator[tuple[float, list[int]]]:
-    """The windows of a part of the stream, in samples of the whole stream."""
-    for samples, groups in plan.windows(position):
-        yield samples / share, [stream.loader.shard(int(group), bucket) for group in groups]
+def _windows(
+    stream: Stream, lanes: Lanes, bucket: int, plan: Plan, position: int, share: float, first_lane: int
+) -> Iterator[tuple[float, list[int]]]:
+    """The windows of some lanes of a part of the stream, in samples of the whole stream."""
+    if lanes[bucket].isdisjoint(range(first_lane, first_lane + plan.num_lanes)):
+        return
+    for samples, lane, groups in plan.windows(position):
+        if first_lane + lane in lanes[bucket]:
+            yield samples / share, [stream.loader.shard(int(group), bucket) for group in groups]
 
 
 class Download(NamedTuple):
@@ -108,13 +130,13 @@ class Download(NamedTuple):
 class Prefetcher:
     """Runs the process from the training process; start one on each node."""
 
-    def __init__(self, stream: Stream, positions: Int64[ndarray, "buckets"], copies: LocalCopies) -> None:
+    def __init__(self, stream: Stream, positions: Int64[ndarray, "buckets"], lanes: Lanes, copies: LocalCopies) -> None:
         self.num_downloaded = self.num_again = 0
         self._positions = positions
         copies.prepare()
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_run, args=(theirs, stream, positions, copies), daemon=True)
+        self._process = context.Process(target=_run, args=(theirs, stream, positions, lanes, copies), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -143,13 +165,15 @@ class Prefetcher:
         self._process.join()
 
 
-def _run(connection: Connection, stream: Stream, positions: Int64[ndarray, "buckets"], copies: LocalCopies) -> None:
+def _run(
+    connection: Connection, stream: Stream, positions: Int64[ndarray, "buckets"], lanes: Lanes, copies: LocalCopies
+) -> None:
     """Download until the training process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to answer
     shards = stream.loader.reader.index.shards
     downloads, sizes = Downloads(shards), remote_sizes(stream)
     paths = {number: shards[number].path for number in sizes}
-    wanted = shards_ahead(stream, positions, sizes, max_bytes=copies.max_bytes)
+    wanted = shards_ahead(stream, positions, lanes, sizes, max_bytes=copies.max_bytes)
     try:
         while True:
             present = copies.keep_only({paths[number] for number in wanted})
@@ -160,7 +184,7 @@ def _run(connection: Connection, stream: Stream, positions: Int64[ndarray, "buck
             if connection.poll():
                 while connection.poll():
                     positions = connection.recv()
-                wanted = shards_ahead(stream, positions, sizes, max_bytes=copies.max_bytes)
+                wanted = shards_ahead(stream, positions, lanes, sizes, max_bytes=copies.max_bytes)
     except (EOFError, ConnectionError):
         os._exit(0)  # an ordinary exit would wait for the downloads
 

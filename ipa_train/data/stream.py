@@ -26,12 +26,12 @@ class Stream:
     sources: dict[str, int]
     """Samples in each source; without weights all are one."""
 
-    def parts(self, positions: Int64[ndarray, "buckets"]) -> Iterator[tuple[int, Plan, int, float]]:
-        """Of all that the stream consists of: the bucket, the plan, where it is, and its share of the samples."""
+    def parts(self, positions: Int64[ndarray, "buckets"]) -> Iterator[tuple[int, Plan, int, float, int]]:
+        """Of each part of the stream: bucket, plan, where it is, share of the samples, first lane in the bucket."""
         for bucket, (plan, position, share) in enumerate(zip(self.plans, positions.tolist(), self.shares, strict=True)):
             if share > 0:
-                own = plan.parts(position) if isinstance(plan, Mixture) else [(plan, position, 1.0)]
-                yield from ((bucket, part, inner, share * of_bucket) for part, inner, of_bucket in own)
+                own = plan.parts(position) if isinstance(plan, Mixture) else [(plan, position, 1.0, 0)]
+                yield from ((bucket, part, inner, share * of_bucket, lane) for part, inner, of_bucket, lane in own)
 
     def consumed(self, positions: Int64[ndarray, "buckets"]) -> dict[str, int]:
         """Samples of each source among the first ``positions`` of each bucket."""

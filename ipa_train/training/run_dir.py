@@ -56,6 +56,7 @@ MAY_DIFFER = (
     "data.cache_dir",
     "data.cache_gib",
     "data.patience_seconds",
+    "data.num_nodes",
     "data.allow_index_change",
     "data.allow_missing_stats",
     # What is tolerated, which one learns when a run has stopped.

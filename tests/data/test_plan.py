@@ -120,17 +120,18 @@ def test_windows_foretell_every_shard(counts, num_lanes, window_size, position):
     plan = Plan(np.array(counts), seed=7, num_lanes=num_lanes, window_size=window_size)
     ahead = 2 * plan.num_samples
     windows = list(itertools.takewhile(lambda window: window[0] <= ahead, plan.windows(position)))
-    opens = [samples for samples, _ in windows]
+    opens = [samples for samples, _, _ in windows]
     assert opens == sorted(opens)
     first = {}
-    for samples, shards in windows:
+    for samples, lane, shards in windows:
         assert plan.counts[shards].all()
         for shard in shards.tolist():
-            first.setdefault(shard, samples)
-    _, shards, _ = plan.locate(np.arange(position, position + ahead))
-    assert all(first[shard] <= distance for distance, shard in enumerate(shards.tolist()))
-    assert set(first) >= set(shards.tolist())
+            first.setdefault((lane, shard), samples)
+    positions = np.arange(position, position + ahead)
+    _, shards, _ = plan.locate(positions)
+    places = zip(plan.lanes(positions).tolist(), shards.tolist(), strict=True)
+    assert all(first[place] <= distance for distance, place in enumerate(places))
     shard, row = plan.locate_again(position, 1)
     assert 0 <= row < counts[shard]
     if plan.num_samples % plan.round_size == 0:
-        assert shard in {shard for samples, shards in windows if samples < plan.num_lanes for shard in shards}
+        assert shard in {shard for samples, _, shards in windows if samples < plan.num_lanes for shard in shards}

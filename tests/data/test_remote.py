@@ -108,10 +108,10 @@ def test_a_store_that_asks_to_slow_down_is_asked_less(s3, shards, copies):
     s3.num_slow_downs = 0
 
 
-def remote_data(server, tmp_path, **options):
+def remote_data(server, tmp_path, shards=None, **options):
     places = {"index_dir": str(tmp_path / "index"), "cache_dir": str(tmp_path / "cache")}
     return datamodule(
-        f"{server.url}/{{00000..{len(list(server.folder.glob('*.tar'))) - 1:05d}}}.tar",
+        shards or f"{server.url}/{{00000..{len(list(server.folder.glob('*.tar'))) - 1:05d}}}.tar",
         patience_seconds=PATIENCE_SECONDS,
         **places,
         **options,
