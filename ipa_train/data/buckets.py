@@ -71,13 +71,12 @@ def count_buckets(index: Index, buckets: Sequence[Bucket]) -> tuple[Int64[ndarra
     """
     if len(buckets) == 1:
         side = buckets[0][0]  # stored with that shorter side, a picture needs no resizing
-        entries = [shard.entry for shard in index.shards]
+        entries = [shard.entry for shard in index.shards if shard.entry.num_samples]
         return index.counts[None], all({e.min_short_side, e.max_short_side} == {side} for e in entries)
     identity = hashlib.sha256(json.dumps([index.index_id, buckets]).encode()).hexdigest()[:16]
     path = index.shards[0].rows_path.parent / f"buckets-{identity}.npy"
-    if path.exists():
-        table = np.load(path, allow_pickle=False)
-    else:
+    table = _kept(path, (len(buckets) + 1, len(index.shards)))
+    if table is None:
         sizes = np.array(buckets)
         rows = []
         for shard in tqdm(index.shards, desc="buckets", unit="shard", disable=None):
@@ -94,6 +93,15 @@ def count_buckets(index: Index, buckets: Sequence[Bucket]) -> tuple[Int64[ndarra
 def shard_buckets(rows: ndarray, buckets: Sequence[Bucket]) -> Int64[ndarray, "b"]:
     """The bucket of each row of a shard of pictures."""
     return nearest_bucket(rows["height"].astype(np.int64), rows["width"].astype(np.int64), buckets)
+
+
+def _kept(path: Path, shape: tuple[int, int]) -> ndarray | None:
+    """What was kept, unless it is not there or not what was written: then it is counted again."""
+    try:
+        table = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return table if table.shape == shape and table.dtype == np.int64 else None
 
 
 def _keep(path: Path, table: ndarray) -> None:

@@ -71,6 +71,8 @@ def test_counts_are_kept_and_belong_to_their_index(tmp_path):
     changed = kept.stat().st_mtime_ns
     assert (count_buckets(index, buckets)[0] == counts).all()
     assert kept.stat().st_mtime_ns == changed
+    kept.write_bytes(kept.read_bytes()[:60])
+    assert (count_buckets(index, buckets)[0] == counts).all(), "a damaged file is counted again"
     count_buckets(index, buckets[1:])
     assert len(list(shards.glob("buckets-*.npy"))) == 2
 
