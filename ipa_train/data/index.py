@@ -324,12 +324,7 @@ def _index_shard(stale: _Stale, *, allow_missing_stats: bool, max_member_bytes: 
 
 def _index_sound_shard(stale: _Stale, allow_missing_stats: bool, max_member_bytes: int) -> Shard:
     tar, rows_path, excluded = stale
-    stats = f"{Path(tar.name).stem}_stats.json"
-    if not allow_missing_stats and not tar.has_beside(stats):
-        raise DataError(
-            f"{tar.location}: no {stats} beside it, which img2dataset writes when a shard is complete; download the "
-            "shard again, or set data.allow_missing_stats=true for shards of another writer."
-        )
+    num_written = 0 if allow_missing_stats else _num_written(tar)
     descriptor = tar.open()  # keeps a copy from being evicted
     try:
         found = scan(tar.path, max_member_bytes=max_member_bytes, excluded=excluded)
@@ -337,6 +332,12 @@ def _index_sound_shard(stale: _Stale, allow_missing_stats: bool, max_member_byte
         raise DataError(str(error).replace(str(tar.path), tar.location)) from error
     finally:
         os.close(descriptor)
+    num_found = len(found.rows) + found.num_incomplete + found.num_excluded
+    if num_found < num_written:
+        raise DataError(
+            f"{tar.location}: holds {num_found} samples, but {_stats_name(tar)} says that {num_written} were written; "
+            "download the shard again, or set data.allow_missing_stats=true to train on what is left."
+        )
     with atomic_write(rows_path) as temporary, temporary.open("wb") as file:
         np.save(file, found.rows)
     short_sides = np.minimum(found.rows["width"], found.rows["height"]).astype(np.int64)
@@ -354,6 +355,29 @@ def _index_sound_shard(stale: _Stale, allow_missing_stats: bool, max_member_byte
         rows_sha256=hashlib.sha256(found.rows.tobytes()).hexdigest(),
     )
     return Shard(tar, rows_path, entry)
+
+
+def _stats_name(tar: LocalFile | RemoteFile) -> str:
+    return f"{Path(tar.name).stem}_stats.json"
+
+
+def _num_written(tar: LocalFile | RemoteFile) -> int:
+    """How many samples the mark beside a complete shard tells of; 0 if it tells nothing.
+
+    Raises:
+        DataError: there is no such mark, or it is damaged.
+    """
+    name = _stats_name(tar)
+    try:
+        stats = json.loads(tar.read_beside(name))
+        return int(stats.get("successes", 0)) if isinstance(stats, dict) else 0
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{tar.location}: no {name} beside it, which img2dataset writes when a shard is complete; download the "
+            "shard again, or set data.allow_missing_stats=true for shards of another writer."
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{tar.location}: {name} is damaged ({error}); download the shard again.") from error
 
 
 def read_excluded(folder: Path, *, but: str = "") -> dict[str, frozenset[str]]:
