@@ -25,7 +25,8 @@ from numpy import ndarray
 from data_tools.near_duplicates import find_leaders
 from data_tools.picture_hashes import ROW, has_hashes, hash_shard, read_hashes
 from data_tools.work import Report, add_work_arguments, make_output_folder, run_tasks
-from ipa_train.data.index import find_shards, read_excluded
+from ipa_train.data.find import find_shards
+from ipa_train.data.index import read_excluded
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.files import atomic_write
 

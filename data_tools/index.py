@@ -11,7 +11,8 @@ import argparse
 from pathlib import Path
 
 from data_tools.work import Report, add_shard_arguments, add_work_arguments
-from ipa_train.data.index import find_shards, index_sound_shards
+from ipa_train.data.find import find_shards
+from ipa_train.data.index import index_sound_shards
 from ipa_train.data.local_copies import LocalCopies
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ipa_train.data.index import find_files
+from ipa_train.data.find import find_files
 from ipa_train.errors import ConfigError, DataError
 
 COLUMNS = {

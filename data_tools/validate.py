@@ -23,7 +23,8 @@ from data_tools.exclude_list import update_exclude_list
 from data_tools.shard_check import ShardFindings, check_shard, checksums_path
 from data_tools.work import Report, add_shard_arguments, add_work_arguments, run_tasks
 from ipa_train.data.decode import MAX_PIXELS
-from ipa_train.data.index import MAX_MEMBER_BYTES, find_shards, read_excluded
+from ipa_train.data.find import find_shards
+from ipa_train.data.index import MAX_MEMBER_BYTES, read_excluded
 from ipa_train.data.index_file import make_index_folder
 from ipa_train.data.scan import find_samples
 from ipa_train.errors import ConfigError, DataError

@@ -11,7 +11,7 @@ from webdataset import shuffle
 from webdataset.gopen import gopen
 from webdataset.shardlists import ResampledShards, expand_urls
 
-from ipa_train.data.index import find_shards
+from ipa_train.data.find import find_shards
 from ipa_train.data.plan import keyed_generator
 from ipa_train.data.remote import ask_version, find_remote, is_remote, read_piece, without_query
 from ipa_train.data.scan import IMAGE_SUFFIXES, TEXT_SUFFIX

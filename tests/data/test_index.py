@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ipa_train.data.index import build_index, find_shards
+from ipa_train.data.find import find_shards
+from ipa_train.data.index import build_index
 from ipa_train.data.reader import ShardReader
 from ipa_train.data.tar import walk
 from ipa_train.errors import ConfigError, DataError
