@@ -231,6 +231,7 @@ def run(args: argparse.Namespace) -> int:
         bad += [f"{name}: {why}" for name, why in stats["left_out"].items()]
     report.counts["shards"] = len(paths)
     report.counts["of these already there"] = len(places) - len(missing)
+    report.counts["shards left to other tasks"] = len(source.places()) - len(places)
     report.left_out(bad, report.counts["samples"], args.max_bad_rate)
     name = "report.json" if args.num_tasks == 1 else f"report-{args.task_index}-of-{args.num_tasks}.json"
     return report.finish(args.report or job.out / name)

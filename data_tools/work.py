@@ -24,7 +24,7 @@ from ipa_train.runtime.processes import end_with_parent
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 _MAX_SHOWN = 5
-_PLACES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+_PLACES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))  # a batch script alone is one
 _NO_ARRAY = {"ID": 0, "MIN": 0, "STEP": 1, "COUNT": 1}
 EXIT_PROBLEMS = 1
 """The work is done, but its result is not to be trusted blindly: the report names what is wrong."""

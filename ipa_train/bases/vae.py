@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -51,7 +52,8 @@ class FrozenVAE(nn.Module):
             )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"base.path={path}: cannot load its VAE: {reason}") from error
+            what = "cannot load its VAE" if Path(path).exists() else "no such folder, nor a hub id that can be reached"
+            raise ConfigError(f"base.path={path}: {what}: {reason}") from error
         vae = cls(model)
         _ = vae._weights_sha256  # of the weights as they are stored, before they are rounded
         nn.Module.to(model, precision)  # diffusers' own warns of modules to be kept in fp32, also where there are none

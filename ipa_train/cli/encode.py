@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
 def _encode(writer: CacheWriter, args: argparse.Namespace) -> int:
     report = Report("encode", cache=str(args.out), fingerprint=writer.description.fingerprint)
     mine = my_share(range(len(writer.shards)), args)
+    report.counts["shards left to other tasks"] = len(writer.shards) - len(mine)
     before = {shard: writer.done(shard) for shard in mine}
     done = [result for result in before.values() if result is not None]
     report.counts["shards encoded before"] = len(done)

@@ -98,7 +98,7 @@ def test_processes_share_the_tasks_without_being_told(monkeypatch):
         add_share_arguments(parser)
         return list(my_share(range(7), parser.parse_args(given)))
 
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_ARRAY_TASK_ID"):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
     assert share() == list(range(7))
     first, second = (share("--task-index", str(i), "--num-tasks", "2") for i in range(2))
@@ -108,7 +108,7 @@ def test_processes_share_the_tasks_without_being_told(monkeypatch):
     found = []
     for array_id in (3, 5, 7):
         for process in (0, 1):
-            places = {"PROCID": process, "NTASKS": 2, "ARRAY_TASK_ID": array_id}
+            places = {"PROCID": process, "STEP_NUM_TASKS": 2, "ARRAY_TASK_ID": array_id}
             places |= {"ARRAY_TASK_MIN": 3, "ARRAY_TASK_STEP": 2, "ARRAY_TASK_COUNT": 3}
             for name, value in places.items():
                 monkeypatch.setenv(f"SLURM_{name}", str(value))

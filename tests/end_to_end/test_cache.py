@@ -53,7 +53,10 @@ def test_a_run_from_the_cache_resumes_bit_equal_and_draws_its_grid(train_command
 def test_the_same_command_again_does_only_what_is_missing(cached, capsys):
     status, cache = cached()
     assert status == 0
-    assert "0 shards encoded before, 3 shards encoded, 60 samples, 0 bad" in capsys.readouterr().out
+    assert (
+        "0 shards left to other tasks, 0 shards encoded before, 3 shards encoded, 60 samples, 0 bad"
+        in capsys.readouterr().out
+    )
     before = {path: path.stat().st_mtime_ns for path in cache.glob("*.tar")}
     (cache / "00001.json").unlink()
     assert cached()[0] == 0
@@ -75,6 +78,22 @@ def test_processes_that_know_nothing_of_each_other_make_one_cache(train_command,
     for path in alone.glob("*.tar"):
         assert (tmp_path / "shared" / path.name).read_bytes() == path.read_bytes()
     assert (tmp_path / "shared" / "cache.json").read_bytes() == (alone / "cache.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["base.path=/nowhere"], "base.path=/nowhere: no such folder, nor a hub id"),
+        (["data.crop=random"], "features are of centre crops; set data.crop=center"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--task-index", "2", "--num-tasks", "2"], "--task-index=2 must be from 0 to --num-tasks - 1 = 1"),
+        (["--out", "/proc/cache"], "--out /proc/cache: cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_line(train_command, tmp_path, capfd, options, message):
+    assert main(encode_command(train_command, tmp_path / "cache", *options)) == 2
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("ipa "))
+    assert message in line
 
 
 def test_a_stream_cannot_be_encoded(train_command, tmp_path, shards, capfd):
