@@ -3,8 +3,8 @@
 ipa data dedup '/data/laion/{00000..41000}.tar'
 ipa data dedup ds-a ds-b --max-distance 2        # pictures of both; each folder gets its own list
 
-Each folder gets an exclude-dedup.txt, which the index of the shards then heeds; the shards stay as they are. What other
-exclude lists name takes no part, so filter first.
+Each folder gets an exclude-dedup.txt, or --index-dir gets one for all, which the index of the shards then heeds; the
+shards stay as they are. What other exclude lists name takes no part, so filter first.
 
 Pictures are near when their perceptual hashes differ in at most --max-distance of 64 bits. Encoded again or resized,
 a picture differs in 0 to 2; with 1 % cut off each side, in 0 to 6; unrelated ones in about 32. Hue plays no part.
@@ -16,17 +16,20 @@ where it was. Grouping is one process, with about 100 bytes of memory per pictur
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
 
+from data_tools.exclude_list import list_folders
 from data_tools.near_duplicates import find_leaders
 from data_tools.picture_hashes import ROW, has_hashes, hash_shard, read_hashes
-from data_tools.work import Report, add_work_arguments, make_output_folder, run_tasks
+from data_tools.work import Report, add_work_arguments, run_tasks
 from ipa_train.data.find import find_shards
 from ipa_train.data.index import read_excluded
+from ipa_train.data.index_file import make_index_folder
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.files import atomic_write
 
@@ -38,6 +41,7 @@ _NUM_EXAMPLES = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the tool's arguments."""
     parser.add_argument("shards", nargs="+", help="folder, glob, or /data/{00000..00010}.tar")
+    parser.add_argument("--index-dir", type=Path, help="where the index lies, if not beside the shards")
     parser.add_argument("--max-distance", type=int, default=4, metavar="BITS", help="0 to 8; default: 4")
     add_work_arguments(parser)
 
@@ -47,23 +51,26 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.max_distance <= _MAX_DISTANCE:
         raise ConfigError(f"--max-distance must be from 0 to {_MAX_DISTANCE}, got {args.max_distance}.")
     paths = find_shards(args.shards)
-    for folder in {path.parent for path in paths}:
-        make_output_folder(folder, option="shards")
-    _check_lists(paths)
+    folders = list_folders(paths, args.index_dir, option="--index-dir")
+    for folder in set(folders.values()):
+        make_index_folder(folder)
+    _check_lists(folders)
     report = Report("dedup", max_distance=args.max_distance)
-    pictures = Pictures(_hash(paths, args.workers, report), report)
+    hashed = _hash(paths, args, report)
+    pictures = Pictures({shard: folders[shard] for shard in hashed}, args.index_dir, report)
     leaders = _find_leaders(pictures.rows, args.max_distance)
     pictures.write_lists(leaders != np.arange(len(leaders)), f"# ipa data dedup --max-distance {args.max_distance}\n")
     _describe(report, pictures, leaders)
-    return report.finish(args.report or paths[0].parent / "dedup-report.json")
+    return report.finish(args.report or folders[paths[0]] / "dedup-report.json")
 
 
-def _hash(paths: Sequence[Path], workers: int | None, report: Report) -> list[Path]:
+def _hash(paths: Sequence[Path], args: argparse.Namespace, report: Report) -> list[Path]:
     """Hash the shards that have no hashes yet; return those that have them now."""
-    stale = [path for path in paths if not has_hashes(path)]
+    stale = [path for path in paths if not has_hashes(path, index_dir=args.index_dir)]
     report.facts["num_hashed_before"] = len(paths) - len(stale)
     refused = set()
-    for path, result in run_tasks(hash_shard, stale, description="hash", workers=workers):
+    hash_one = partial(hash_shard, index_dir=args.index_dir)
+    for path, result in run_tasks(hash_one, stale, description="hash", workers=args.workers):
         if isinstance(result, DataError):
             report.problem(str(result))
             refused.add(path)
@@ -73,15 +80,13 @@ def _hash(paths: Sequence[Path], workers: int | None, report: Report) -> list[Pa
 class Pictures:
     """The pictures of all shards, but those that other lists exclude; one row each, in order."""
 
-    def __init__(self, shards: Sequence[Path], report: Report) -> None:
-        self._shards = shards
-        self._excluded = {
-            folder: read_excluded(folder, but=EXCLUDE_NAME) for folder in {shard.parent for shard in shards}
-        }
+    def __init__(self, folders: Mapping[Path, Path], index_dir: Path | None, report: Report) -> None:
+        self._shards, self._folders, self._index_dir = list(folders), folders, index_dir
+        self._excluded = {folder: read_excluded(folder, but=EXCLUDE_NAME) for folder in set(folders.values())}
         tables = []
         undecodable: list[str] = []
-        for shard in shards:
-            hashes = read_hashes(shard)
+        for shard in self._shards:
+            hashes = read_hashes(shard, index_dir=index_dir)
             takes_part = self._takes_part(shard, hashes.keys)
             tables.append(hashes.rows[takes_part])
             report.counts["excluded before"] += int((~takes_part).sum())
@@ -102,26 +107,26 @@ class Pictures:
             with atomic_write(folder / EXCLUDE_NAME) as temporary, temporary.open("w") as file:
                 file.write(header)
                 for shard, start, end in zip(self._shards, self._starts, self._starts[1:], strict=False):
-                    if shard.parent == folder and is_left_out[start:end].any():
+                    if self._folders[shard] == folder and is_left_out[start:end].any():
                         keys = self._keys(shard)[is_left_out[start:end]]
                         file.writelines(f"{shard.name}/{key.decode()}\n" for key in keys)
 
     def _keys(self, shard: Path) -> ndarray:
-        keys = read_hashes(shard).keys
+        keys = read_hashes(shard, index_dir=self._index_dir).keys
         return keys[self._takes_part(shard, keys)]
 
     def _takes_part(self, shard: Path, keys: ndarray) -> ndarray:
-        excluded = self._excluded[shard.parent].get(shard.name, frozenset())
+        excluded = self._excluded[self._folders[shard]].get(shard.name, frozenset())
         return np.array([key.decode() not in excluded for key in keys], bool)
 
 
-def _check_lists(paths: Sequence[Path]) -> None:
+def _check_lists(folders: Mapping[Path, Path]) -> None:
     """Refuse to write a list anew that names shards which take no part this time."""
-    for folder in {path.parent for path in paths}:
+    for folder in set(folders.values()):
         path = folder / EXCLUDE_NAME
         lines = path.read_text().splitlines() if path.exists() else []
         named = {line.partition("/")[0] for line in lines if not line.startswith("#")}
-        others = named - {path.name for path in paths if path.parent == folder}
+        others = named - {shard.name for shard, of_shard in folders.items() if of_shard == folder}
         if others:
             raise ConfigError(
                 f"{path} excludes samples of {min(others)} too, which was not named: name all shards of the folder, or "

@@ -1,13 +1,29 @@
 """Exclude lists: samples that the index leaves out of training, while the shards stay as they are."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from ipa_train.errors import ConfigError
 from ipa_train.runtime.files import atomic_write
 
 _UNLISTABLE = re.compile(r"^\s|\s$|\s#|[\n\r]")
 """In a key: a line would be read as something else."""
+
+
+def list_folders(shards: Sequence[Path], index_dir: Path | None, *, option: str) -> dict[Path, Path]:
+    """Where the lists of each shard lie: where its index does.
+
+    Raises:
+        ConfigError: shards of one name share a folder of lists, which could not tell them apart; names the ``option``.
+    """
+    folders = {shard: index_dir or shard.parent for shard in shards}
+    if len({(folder, shard.name) for shard, folder in folders.items()}) < len(shards):
+        raise ConfigError(
+            f"{option}: shards of several folders have one name, and a list in {index_dir} could not tell them apart; "
+            "name each folder alone, with an --index-dir of its own."
+        )
+    return folders
 
 
 def update_exclude_list(path: Path, excluded: Mapping[str, Mapping[str, str]], *, looked_at: Collection[str]) -> None:

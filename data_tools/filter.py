@@ -24,9 +24,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_tools.exclude_list import list_folders
 from data_tools.metadata import find_columns, find_metadata, open_metadata
 from data_tools.rules import Chain, add_rule_arguments, chain_of, option
 from data_tools.work import Report, add_work_arguments, make_output_folder, run_tasks
+from ipa_train.data.index_file import make_index_folder
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.files import atomic_write
 
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, help="folder for the filtered files")
     where.add_argument("--exclude", action="store_true", help=f"write {EXCLUDE_NAME} beside the shards instead")
+    parser.add_argument("--index-dir", type=Path, help="with --exclude: where the index lies, if not beside the shards")
     add_rule_arguments(parser)
     add_work_arguments(parser)
 
@@ -49,13 +52,13 @@ def run(args: argparse.Namespace) -> int:
     """Filter and report."""
     paths, chain = find_metadata(args.metadata), chain_of(args)
     report = Report("filter", **asdict(chain))
-    counts = _exclude(paths, chain, args.workers) if args.exclude else _copy(paths, chain, args, report)
+    counts = _exclude(paths, chain, args) if args.exclude else _copy(paths, chain, args, report)
     report.counts.update({name: counts[name] for name in ("read", "not downloaded", "kept") if name in counts})
     report.facts["rules"] = {
         name: {what: counts[f"{name} {what}"] for what in ("rejects alone", "kept after", "null")}
         for name in chain.limits
     }
-    return report.finish(args.report or (args.out or paths[0].parent) / "filter-report.json")
+    return report.finish(args.report or (args.out or args.index_dir or paths[0].parent) / "filter-report.json")
 
 
 def _copy(paths: list[Path], chain: Chain, args: argparse.Namespace, report: Report) -> Counter[str]:
@@ -141,14 +144,15 @@ def _identity(path: Path) -> list[Any]:
     return [path.name, stat.st_size, stat.st_mtime_ns]
 
 
-def _exclude(paths: list[Path], chain: Chain, workers: int | None) -> Counter[str]:
-    """Write the list of each folder that ``paths`` are in."""
+def _exclude(paths: list[Path], chain: Chain, args: argparse.Namespace) -> Counter[str]:
+    """Write the list of each folder that ``paths`` are in, or one of all where the index lies."""
     for path in paths:
         if not path.with_suffix(".tar").exists():
             raise ConfigError(f"--exclude: {path} has no {path.stem}.tar beside it; --out DIR filters url lists.")
     total: Counter[str] = Counter()
-    for folder, of_folder in groupby(sorted(paths), lambda path: path.parent):
-        make_output_folder(folder, option="--exclude")
+    folders = list_folders(paths, args.index_dir, option="--index-dir")
+    for folder, of_folder in groupby(sorted(paths), lambda path: folders[path]):
+        make_index_folder(folder)
         target, header = folder / EXCLUDE_NAME, f"# ipa data filter {json.dumps(asdict(chain))}\n"
         if target.exists():
             _check_rules(str(target), _read_header(target), chain)
@@ -156,7 +160,7 @@ def _exclude(paths: list[Path], chain: Chain, workers: int | None) -> Counter[st
             file.write(header)
             tasks = list(of_folder)
             for _, result in run_tasks(
-                partial(_rejected, chain=chain), tasks, description=folder.name, unit="shard", workers=workers
+                partial(_rejected, chain=chain), tasks, description=folder.name, unit="shard", workers=args.workers
             ):
                 if isinstance(result, DataError):  # a list that is not whole would let in what it should keep out
                     raise result

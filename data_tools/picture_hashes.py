@@ -1,4 +1,4 @@
-"""Hashes of a shard's pictures, kept in NAME.hash.npz beside it as long as the shard stays the same."""
+"""Hashes of a shard's pictures, kept in NAME.hash.npz where its index lies, as long as the shard stays the same."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from numpy import ndarray
 
 from data_tools.perceptual_hash import DECODE_SIZE, perceptual_hash
 from ipa_train.data.decode import MAX_PIXELS, decode, stored_size
-from ipa_train.data.index import MAX_MEMBER_BYTES
+from ipa_train.data.index import MAX_MEMBER_BYTES, name_beside
 from ipa_train.data.scan import FEATURES_SUFFIX, TEXT_SUFFIX, find_samples
 from ipa_train.errors import DataError
 from ipa_train.runtime.files import atomic_write
@@ -38,7 +38,7 @@ class PictureHashes:
     """``key: why it cannot be decoded``; these have no row."""
 
 
-def hash_shard(shard: Path) -> None:
+def hash_shard(shard: Path, *, index_dir: Path | None) -> None:
     """Write the hashes of a shard's pictures.
 
     Raises:
@@ -57,7 +57,7 @@ def hash_shard(shard: Path) -> None:
                 keys.append(key.encode())
             except DataError as error:
                 failed.append(f"{key}: {error}")
-    with atomic_write(_hashes_path(shard)) as temporary, temporary.open("wb") as out:
+    with atomic_write(_hashes_path(shard, index_dir)) as temporary, temporary.open("wb") as out:
         np.savez(
             out,
             identity=np.array(identity),
@@ -74,23 +74,23 @@ def _hash_picture(data: bytes) -> tuple[int, bool, int, int]:
     return looks or 0, looks is None, content, height * width
 
 
-def has_hashes(shard: Path) -> bool:
+def has_hashes(shard: Path, *, index_dir: Path | None) -> bool:
     """Whether the shard's hashes are there and of its present content."""
     try:
-        with _hashes_path(shard).open("rb") as file, np.load(file, allow_pickle=False) as content:
+        with _hashes_path(shard, index_dir).open("rb") as file, np.load(file, allow_pickle=False) as content:
             return content["identity"].tolist() == _identity(shard)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return False
 
 
-def read_hashes(shard: Path) -> PictureHashes:
+def read_hashes(shard: Path, *, index_dir: Path | None) -> PictureHashes:
     """What :func:`hash_shard` wrote."""
-    with np.load(_hashes_path(shard), allow_pickle=False) as content:
+    with np.load(_hashes_path(shard, index_dir), allow_pickle=False) as content:
         return PictureHashes(content["keys"], content["rows"], content["failed"].tolist())
 
 
-def _hashes_path(shard: Path) -> Path:
-    return shard.with_name(f"{shard.stem}.hash.npz")
+def _hashes_path(shard: Path, index_dir: Path | None) -> Path:
+    return (index_dir or shard.parent) / f"{name_beside(shard, shared=index_dir is not None)}.hash.npz"
 
 
 def _identity(shard: Path) -> list[int]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.checksums import hash_key, read_checksums, repeated_hashes
-from data_tools.exclude_list import update_exclude_list
+from data_tools.exclude_list import list_folders, update_exclude_list
 from data_tools.shard_check import ShardFindings, check_shard, checksums_path
 from data_tools.work import Report, add_shard_arguments, add_work_arguments, run_tasks
 from ipa_train.data.decode import MAX_PIXELS
@@ -27,7 +27,7 @@ from ipa_train.data.find import find_shards
 from ipa_train.data.index import MAX_MEMBER_BYTES, read_excluded
 from ipa_train.data.index_file import make_index_folder
 from ipa_train.data.scan import find_samples
-from ipa_train.errors import ConfigError, DataError
+from ipa_train.errors import DataError
 
 EXCLUDE_LIST = "exclude-validate.txt"
 _MAX_NAMED = 20
@@ -49,11 +49,8 @@ def run(args: argparse.Namespace) -> int:
     for folder in set(folders.values()):
         make_index_folder(folder)
         read_excluded(folder)  # a list that cannot be read is said now, not after hours
-    if args.write_exclude and len({(folder, shard.name) for shard, folder in folders.items()}) < len(shards):
-        raise ConfigError(
-            f"--write-exclude: shards of several folders have one name, and {args.index_dir}/{EXCLUDE_LIST} could not "
-            "tell them apart; validate each folder with an --index-dir of its own."
-        )
+    if args.write_exclude:
+        list_folders(shards, args.index_dir, option="--write-exclude")
     report = Report("validate")
     check = partial(
         check_shard,

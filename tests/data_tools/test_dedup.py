@@ -109,6 +109,21 @@ def test_every_folder_has_its_list_and_what_is_excluded_takes_no_part(tmp_path):
     assert report_of(tmp_path / "a")["counts"]["excluded before"] == 1
 
 
+def test_shards_that_cannot_be_written_beside_have_their_list_with_their_index(tmp_path):
+    write(tmp_path / "a", 0, {"x": half(photo(0)), "y": photo(1)})
+    write(tmp_path / "b", 1, {"x": photo(0), "y": photo(2)})
+    folders, lists = (tmp_path / "a", tmp_path / "b"), tmp_path / "lists"
+    before = sorted(path for folder in folders for path in folder.iterdir())
+    assert run(*folders, "--index-dir", lists) == run(*folders, "--index-dir", lists) == 0
+    assert sorted(path for folder in folders for path in folder.iterdir()) == before
+    assert left_out(lists) == ["x"]
+    assert report_of(lists)["num_hashed_before"] == 2
+    assert build_index([str(folder) for folder in folders], index_dir=lists).counts.tolist() == [1, 2]
+    write(tmp_path / "c", 0, {"x": photo(3)})
+    with pytest.raises(ConfigError, match=r"several folders have one name, and a list in .*lists could not tell"):
+        run(*folders, tmp_path / "c", "--index-dir", lists)
+
+
 def test_hashes_are_reused_until_the_shard_changes(tmp_path):
     for number in range(3):
         write(tmp_path, number, {f"{number}": photo(number)})

@@ -188,6 +188,9 @@ def test_shards_are_filtered_by_an_exclude_list(downloaded):
     before = (downloaded / "exclude-filter.txt").read_bytes()
     assert run(downloaded, "--exclude", "--max-unsafe", 0.5) == 0
     assert (downloaded / "exclude-filter.txt").read_bytes() == before
+    lists = downloaded / "lists"
+    assert run(downloaded, "--exclude", "--max-unsafe", 0.5, "--index-dir", lists) == 0
+    assert (lists / "exclude-filter.txt").read_bytes() == before
 
 
 def test_a_list_is_not_mixed_nor_half_written(downloaded):
