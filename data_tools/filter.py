@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Filter and report."""
+    if args.index_dir and not args.exclude:
+        raise ConfigError("--index-dir goes with --exclude: filtered files go to --out.")
     paths, chain = find_metadata(args.metadata), chain_of(args)
     report = Report("filter", **asdict(chain))
     counts = _exclude(paths, chain, args) if args.exclude else _copy(paths, chain, args, report)

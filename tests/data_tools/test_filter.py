@@ -151,6 +151,7 @@ def test_a_damaged_file_does_not_end_the_work_on_the_others(tmp_path):
         (["in", "--out", "done", "--min-size", 1], "other rules, --min-size 256 and not --min-size 1: give another"),
         (["in", "--out", "done", "--min-size", 256, "--keep-null"], "not --min-size 256 --keep-null"),
         (["in", "--out", "in/0.parquet/x", "--min-size", 1], "--out in/0.parquet/x: cannot be made: Not a directory"),
+        (["in", "--out", "new", "--min-size", 1, "--index-dir", "x"], "--index-dir goes with --exclude"),
         (["in", "--exclude", "--min-size", 1], "0.parquet has no 0.tar beside it"),
     ],
 )
