@@ -188,8 +188,9 @@ class FeatureLoader:
         }
         first = next(iter(self.descriptions.values()))
         for folder, description in self.descriptions.items():
-            if description.buckets != first.buckets:
-                raise ConfigError(f"{folder}: its buckets are not those of the other caches; encode them alike.")
+            for name in ("buckets", "latents_std"):
+                if getattr(description, name) != getattr(first, name):
+                    raise ConfigError(f"{folder}: its {name} are not those of the other caches; encode them alike.")
             if flip_rate and not description.flipped:
                 raise ConfigError(
                     f"data.flip_rate={flip_rate}, but {folder} holds no flipped features: encode with --flip."

@@ -35,7 +35,7 @@ def make_data(image_encoder, identity):
     def make(shards, **options):
         defaults = {"global_batch_size": 4, "resolution": 32, "encoders": identity, "num_workers": 0}
         options = defaults | {"image_prompt_size": image_encoder.image_size} | options
-        return StreamingDataModule(shards=str(shards), **options)
+        return StreamingDataModule(shards=shards if isinstance(shards, dict) else str(shards), **options)
 
     return make
 
@@ -119,6 +119,21 @@ def test_an_unfinished_or_foreign_cache_is_refused_by_name(pictures, tmp_path, m
 def test_without_std_latents_are_the_means(pictures, tmp_path, make_writer, make_data):
     list(make_writer(pictures, tmp_path / "cache", latents_std=False).run(range(3)))
     assert batches(make_data(tmp_path / "cache"), 1)[0].content.latents_std is None
+
+
+def test_caches_are_mixed_by_weight_like_pictures(pictures, tmp_path, make_writer, make_data):
+    other = write_shards(tmp_path / "other", (9, 9), sizes=SIZES)
+    for name, source in (("a", pictures), ("b", other)):
+        list(make_writer(source, tmp_path / name).run(range(len(list(source.glob("*.tar"))))))
+    weights = {"a": 0.25, "b": 0.75}
+    caches = make_data({"a": str(tmp_path / "a"), "b": str(tmp_path / "b")}, weights=weights)
+    online = make_data({"a": str(pictures), "b": str(other)}, weights=weights)
+    for on, off in zip(batches(online, 12), batches(caches, 12), strict=True):
+        assert (on.captions, on.positions.tolist()) == (off.captions, off.positions.tolist())
+    assert caches.stream.consumed(torch.tensor([48]).numpy()) == {"a": 12, "b": 36}
+    list(make_writer(other, tmp_path / "c", latents_std=False).run(range(2)))
+    with pytest.raises(ConfigError, match="c: its latents_std are not those of the other caches; encode them alike"):
+        _ = make_data({"a": str(tmp_path / "a"), "c": str(tmp_path / "c")}).stream
 
 
 def test_what_cannot_be_encoded_is_named_and_left_out(tmp_path, make_writer, make_data):
