@@ -125,21 +125,29 @@ class CacheWriter:
         total = sum(self.shards[shard].entry.num_samples for shard in shards)
         with tqdm(total=total, desc="encode", unit="picture", disable=None) as bar:
             for shard, chunks in groupby(loader, key=lambda chunk: chunk.shard):
+                counted = _counted(chunks, bar)
                 try:
-                    yield self._encode_shard(shard, _counted(chunks, bar))
+                    yield self._encode_shard(shard, counted)
                 except DataError as error:
                     yield error
                 except OSError as error:
                     yield DataError(f"{self.out}: shard {self.groups[shard]} cannot be written: {error.strerror}")
+                for _ in counted:  # what is left of a shard that failed
+                    pass
 
     def _mark(self, shard: int) -> Path:
         return self.out / f"{self.groups[shard]}.json"
 
     def _pieces(self, shards: Sequence[int]) -> Iterator["_Piece"]:
         for shard in shards:
-            for bucket, count in enumerate(self.loader.reader.counts(shard)):
+            try:
+                counts = self.loader.reader.counts(shard)
+            except DataError as error:
+                yield _Piece(shard, 0, range(0), str(error))
+                continue
+            for bucket, count in enumerate(counts):
                 for start in range(0, max(count, 1), self.batch_size):  # one piece of nothing, so that none is missed
-                    yield _Piece(shard, bucket, range(start, min(start + self.batch_size, count)))
+                    yield _Piece(shard, bucket, range(start, min(start + self.batch_size, count)), "")
 
     def _encode_shard(self, shard: int, chunks: Iterable["_Chunk"]) -> EncodedShard:
         num_samples = 0
@@ -152,6 +160,8 @@ class CacheWriter:
                     for key, members in chain([first], samples):
                         writer.write(key, members)
                 num_samples += writer.num_samples
+        if num_samples + len(bad) != self.shards[shard].entry.num_samples:
+            raise DataError(f"{self.shards[shard].path}: only {num_samples} samples came; run the command again.")
         if bad and not num_samples:
             raise DataError(
                 f"{self.shards[shard].path}: none of its samples can be encoded; first {bad[0]}. Mend it, or leave it "
@@ -165,6 +175,8 @@ class CacheWriter:
     def _samples(self, chunks: Iterable["_Chunk"], bad: list[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
         """Key and members of each sample; what cannot be cached is added to ``bad``."""
         for chunk in chunks:
+            if chunk.error:
+                raise DataError(f"{self.shards[chunk.shard].path}: {chunk.error}")
             bad += chunk.bad
             versions = {FEATURES_SUFFIX: chunk.batch, FLIPPED_SUFFIX: chunk.flipped}
             features = {suffix: self._features(batch) for suffix, batch in versions.items() if batch is not None}
@@ -194,6 +206,8 @@ class _Piece(NamedTuple):
     shard: int
     bucket: int
     numbers: range
+    error: str
+    """Why the shard cannot be read: an exception here or in a worker would take the place of another's piece."""
 
 
 class _Chunk(NamedTuple):
@@ -202,6 +216,7 @@ class _Chunk(NamedTuple):
     batch: Batch
     flipped: Batch | None
     bad: list[str]
+    error: str
 
 
 class _Chunks(Dataset[_Chunk]):
@@ -211,12 +226,25 @@ class _Chunks(Dataset[_Chunk]):
         self.loader, self.flip = loader, flip
 
     def __getitem__(self, piece: _Piece) -> _Chunk:
+        try:
+            return self._chunk(piece)
+        except DataError as error:
+            nothing, _ = self._load(piece, [], [], flipped=False)
+            return _Chunk(piece.shard, piece.bucket, nothing, None, [], str(error))
+
+    def _chunk(self, piece: _Piece) -> _Chunk:
+        if piece.error:
+            raise DataError(piece.error)
         reader = self.loader.reader
         bad: list[str] = []
         rows = [reader.row(piece.shard, piece.bucket, number) for number in piece.numbers]
         batch, sound = self._load(piece, rows, bad, flipped=False)
-        flipped = self._load(piece, sound, bad, flipped=True)[0] if self.flip else None
-        return _Chunk(piece.shard, piece.bucket, batch, flipped, bad)
+        flipped = None
+        if self.flip:
+            flipped, again = self._load(piece, sound, bad, flipped=True)
+            if again != sound:
+                raise DataError(f"it changed while it was read: {bad[-1]}")
+        return _Chunk(piece.shard, piece.bucket, batch, flipped, bad, "")
 
     def _load(self, piece: _Piece, rows: list[int], bad: list[str], *, flipped: bool) -> tuple[Batch, list[int]]:
         size = self.loader.buckets[piece.bucket]

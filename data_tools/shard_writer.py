@@ -7,6 +7,7 @@ from pathlib import Path
 
 import webdataset
 
+from ipa_train.errors import DataError
 from ipa_train.runtime.files import atomic_write
 
 
@@ -15,11 +16,15 @@ class ShardWriter:
 
     def __init__(self, tar: webdataset.TarWriter) -> None:
         self._tar = tar
+        self._keys: set[str] = set()
         self.num_samples = 0
         self.left_out: dict[str, str] = {}
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Add a sample: ``{"jpg": ..., "txt": ...}``, by suffix."""
+        """Add a sample: ``{"jpg": ..., "txt": ...}``, by suffix. Raises DataError if it has no key of its own."""
+        if not key or key in self._keys:
+            raise DataError(f"two samples have the key {key!r}: repack their shard with short names of ASCII")
+        self._keys.add(key)
         self._tar.write({"__key__": key, **members})
         self.num_samples += 1
 

@@ -3,7 +3,8 @@
     ipa data encode experiment=sd15_linear data.shards='/data/laion/{00000..41000}.tar' --out /data/cache
 
 Takes what `ipa train` takes, so that the features are those that the run itself would have computed. Every process of a
-torchrun, srun or Slurm array takes its share of the shards; the same command again does only what is missing.
+torchrun, srun or Slurm array takes its share of the shards; the same command again does only what is missing. Where
+there are many processes, run `ipa data index` first: each would do it all.
 """
 
 import argparse
@@ -44,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(["run.name=encode", *args.overrides], config_dir=args.config_dir)
     device = torch.device("cpu")
     if torch.cuda.is_available() and config.trainer.accelerator != "cpu":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
+        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())  # a task may see its own GPU alone
     base = config.base
     vae = FrozenVAE.from_pretrained(
         base.path, dtype=base.vae_dtype or base.dtype, revision=base.revision, variant=base.variant

@@ -69,7 +69,7 @@ def count_buckets(index: Index, buckets: Sequence[Bucket]) -> tuple[Int64[ndarra
 
     Reads the size of every picture from the index once, and keeps the result beside it.
     """
-    if len(buckets) == 1:
+    if len(buckets) == 1 and buckets[0][0] == buckets[0][1]:
         side = buckets[0][0]  # stored with that shorter side, a picture needs no resizing
         entries = [shard.entry for shard in index.shards if shard.entry.num_samples]
         return index.counts[None], all({e.min_short_side, e.max_short_side} == {side} for e in entries)

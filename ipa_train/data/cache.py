@@ -246,9 +246,11 @@ class FeatureLoader:
         return np.array(table)
 
     def _read_layout(self, bucket: int) -> Layout | None:
-        found = self._table[:, bucket].max()
-        if found < 0:
+        shards = self._table[:, bucket]
+        shards = shards[np.append(self.reader.index.counts, 0)[shards] > 0]
+        if not len(shards):
             return None
+        found = shards[0]
         length = int(self.reader.index.shards[found].rows()[0]["content_length"])
         try:
             return Layout(self.reader.head(int(found), min(length, _MAX_HEADER_BYTES)))

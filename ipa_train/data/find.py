@@ -1,6 +1,7 @@
 """Which local files a user means by a folder, a glob or ``{00000..00010}``."""
 
 import glob
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def find_files(spec: str | Sequence[str], *, suffix: str, option: str) -> list[P
         if missing:
             raise ConfigError(f"{option}={item}: {len(missing)} of {len(matches)} files missing, first {missing[0]}.")
         found += matches
-    twice = [path for path in set(found) if found.count(path) > 1] if len(set(found)) < len(found) else []
+    twice = [path for path, count in Counter(found).items() if count > 1]
     if twice:
         raise ConfigError(f"{option} names {twice[0]} more than once.")
     return found

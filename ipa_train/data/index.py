@@ -84,11 +84,14 @@ class Shard:
         try:
             mode: Literal["r"] | None = "r" if self.entry.num_samples else None  # nothing cannot be mapped
             rows = np.load(self.rows_path, mmap_mode=mode, allow_pickle=False)
-            if rows.dtype == ROW and len(rows) == self.entry.num_samples:
+            if rows.dtype == ROW and hashlib.sha256(rows.tobytes()).hexdigest() == self.entry.rows_sha256:
                 return rows
         except (ValueError, EOFError):
             pass
-        raise DataError(f"{self.rows_path}: damaged index; delete it, and it is built anew.")
+        raise DataError(
+            f"{self.rows_path}: damaged index; delete it, and it is built anew (or start this run again, if another "
+            "has indexed these shards meanwhile, say with other exclude lists)."
+        )
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from ipa_train.data.index import Index
 from ipa_train.data.tar import BLOCK
 from ipa_train.errors import DataError
 
-_MAX_OPEN_SHARDS = 512
-"""More than the windows of all lanes span, down to shards of 1,000 samples; half of what a process may usually open."""
+_MAX_OPEN_SHARDS = 256
+"""What the windows of all lanes span, at shards of 10,000 samples. Each takes two descriptors, of the tar and of its
+rows, and a process may usually have 1,024."""
 _MAX_GAP_BYTES = 2**16
 
 
@@ -163,4 +164,4 @@ def _decode_caption(data: bytes | bytearray) -> str:
 
 
 def _key(header: bytes | bytearray) -> str:
-    return header[:100].split(b"\0", 1)[0].decode(errors="replace").partition(".")[0]
+    return header[:100].split(b"\0", 1)[0].decode(errors="replace").removeprefix("./").partition(".")[0]

@@ -56,7 +56,7 @@ def scan(path: Path, *, max_member_bytes: int, excluded: Container[str] = ()) ->
     samples = find_samples(path, max_member_bytes=max_member_bytes)
     complete = {key: found for key, found in samples.items() if "content" in found and TEXT_SUFFIX in found}
     kept = [found for key, found in complete.items() if key not in excluded]
-    kinds = {_content(found["content"]) for found in kept}
+    kinds = {_content(found["content"]) for found in complete.values()}
     if len(kinds) > 1:
         raise DataError(f"{path}: holds both pictures and cached features; keep them in shards of their own.")
     if not complete:

@@ -107,7 +107,7 @@ def make_stream(
             own.append(Plan(of_source, seed=seed, num_lanes=num_lanes, window_size=window))
         rates = [parts[name] * plan.num_samples / totals[name] for name, plan in zip(sources, own, strict=True)]
         shares.append(sum(rates))
-        plans.append(own[0] if weights is None else Mixture(own, rates))
+        plans.append(own[0] if weights is None else Mixture(own, rates if any(rates) else [1.0] * len(rates)))
     return Stream(list(buckets), plans, np.array(shares), loader, totals)
 
 

@@ -79,11 +79,15 @@ class SampleReader:
         name = without_query(source)
         try:
             with closing(_TarSource(source, self.patience_seconds)) as stream:
+                is_empty = True
                 for key, members in self._groups(stream):
+                    is_empty = False
                     image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), b"")
                     lacking = "" if image and TEXT_SUFFIX in members else "has no image or no caption"
                     yield Sample(name, key, image, members.get(TEXT_SUFFIX, b""), lacking)
                 stream.require_end()
+                if is_empty:
+                    raise DataError("holds no picture and no caption")
         except (DataError, OSError, EOFError, tarfile.TarError) as error:
             if isinstance(error.__context__, GeneratorExit):  # a command that fails since nobody reads on
                 return
@@ -95,7 +99,7 @@ class SampleReader:
         with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
             for member in tar:
                 tar.members.clear()  # of a stream none is asked for again
-                key, _, suffix = member.name.partition(".")
+                key, _, suffix = member.name.removeprefix("./").partition(".")
                 if key != current and members:
                     yield current, members
                     members = {}

@@ -41,7 +41,7 @@ class BatchMemory:
             DataError: there is no shared memory left.
         """
         tensors = [torch.from_numpy(array) for array in self.arrays]
-        if get_worker_info() is None:
+        if get_worker_info() is None or not len(self._block):  # of nothing there is no shared memory
             return tensors
         size = len(self._block)
         shared = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]

@@ -362,3 +362,22 @@ def test_samples_lost_behind_a_tail_of_zeros_are_missed(shards):
     with pytest.raises(DataError, match=r"00002_stats\.json is damaged"):
         build_index(str(shards))
     assert build_index(str(shards), allow_missing_stats=True).counts.tolist() == [7, 5, 6]
+
+
+def test_rows_that_another_start_has_written_are_not_read_as_ones_own(shards):
+    """With as many rows as before: another exclude list of the same length."""
+    lists = shards / "exclude-x.txt"
+    lists.write_text("00000.tar/000000001\n")
+    mine = build_index(str(shards))
+    lists.write_text("00000.tar/000000002\n")
+    assert build_index(str(shards)).counts.tolist() == mine.counts.tolist()
+    with pytest.raises(DataError, match="start this run again, if another has indexed these shards meanwhile"):
+        mine.shards[0].rows()
+
+
+def test_names_that_begin_with_a_dot_and_slash_have_keys(tmp_path):
+    """As ``tar -cf 0.tar .`` writes them."""
+    members = [(f"./{i}.{s}", d) for i in range(3) for s, d in (("jpg", encode(picture(i))), ("txt", b"x"))]
+    one_tar(tmp_path, members)
+    reader = ShardReader(index(tmp_path))
+    assert [reader.read(0, row)[2] for row in range(3)] == ["0", "1", "2"]

@@ -105,6 +105,7 @@ def test_bad_samples_and_broken_sources_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
+        ("pipe:cd /proc/self/task && tar cf - --exclude='*' .", "8 samples in a row are bad.*holds no picture"),
         ("pipe:exit 1", "8 samples in a row are bad.*exit 1"),
         ("pipe:yes", "8 samples in a row are bad.*invalid header"),
         ("http", r"8 samples in a row are bad.*00000\.tar: there is no such file"),

@@ -136,6 +136,20 @@ def test_caches_are_mixed_by_weight_like_pictures(pictures, tmp_path, make_write
         _ = make_data({"a": str(tmp_path / "a"), "c": str(tmp_path / "c")}).stream
 
 
+def test_buckets_and_shards_of_a_cache_may_be_excluded_whole(tmp_path, make_writer, make_data):
+    """The others go on, also in a mixture."""
+    for name in ("a", "b"):
+        pictures = write_shards(tmp_path / name, (6,), sizes=[(48, 40), (48, 40), (40, 64)])
+        list(make_writer(pictures, tmp_path / f"{name}-cache", **BUCKETS).run([0]))
+        (gone,) = (tmp_path / f"{name}-cache").glob("*24x40.tar")
+        keys = "".join(f"{gone.name}/00000000{i}\n" for i in (2, 5))
+        (tmp_path / f"{name}-cache" / "exclude-all.txt").write_text(keys)
+    caches = {name: str(tmp_path / f"{name}-cache") for name in ("a", "b")}
+    for options in ({}, {"weights": {"a": 1, "b": 1}}):
+        data = make_data(caches, **options, **BUCKETS)
+        assert {tuple(batch.target_sizes[0].tolist()) for batch in batches(data, 6)} == {(32, 32)}
+
+
 def test_what_cannot_be_encoded_is_named_and_left_out(tmp_path, make_writer, make_data):
     writer = make_writer(write_shards(tmp_path / "pictures", (6, 5, 4)), tmp_path / "cache", flip=True)
     for shard, damaged in ((0, [2]), (2, range(4))):
@@ -152,6 +166,18 @@ def test_what_cannot_be_encoded_is_named_and_left_out(tmp_path, make_writer, mak
     assert writer.done(0) == first
     with pytest.raises(DataError, match="shard 00002 is not encoded yet"):
         _ = make_data(tmp_path / "cache").stream
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("options", [{}, BUCKETS])
+def test_a_shard_that_is_gone_costs_no_other_a_sample(tmp_path, make_writer, workers, options):
+    pictures = write_shards(tmp_path / "pictures", (6,) * 5, sizes=SIZES)
+    writer = make_writer(pictures, tmp_path / "cache", num_workers=workers, **options)
+    (pictures / "00002.tar").unlink()
+    results = list(writer.run(range(5)))
+    assert str(results.pop(2)) == f"{pictures / '00002.tar'}: cannot open: No such file or directory"
+    assert [result.num_samples for result in results] == [6, 6, 6, 6]
+    assert [writer.done(shard) is not None for shard in range(5)] == [True, True, False, True, True]
 
 
 def test_features_that_fp16_cannot_hold_are_left_out(tmp_path, make_writer, base):
