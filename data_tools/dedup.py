@@ -16,14 +16,14 @@ where it was. Grouping is one process, with about 100 bytes of memory per pictur
 
 import argparse
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
 
-from data_tools.exclude_list import list_folders
+from data_tools.exclude_list import is_listable, list_folders
 from data_tools.near_duplicates import find_leaders
 from data_tools.picture_hashes import ROW, has_hashes, hash_shard, read_hashes
 from data_tools.work import Report, add_work_arguments, run_tasks
@@ -81,7 +81,7 @@ class Pictures:
     """The pictures of all shards, but those that other lists exclude; one row each, in order."""
 
     def __init__(self, folders: Mapping[Path, Path], index_dir: Path | None, report: Report) -> None:
-        self._shards, self._folders, self._index_dir = list(folders), folders, index_dir
+        self._shards, self._folders, self._index_dir, self._report = list(folders), folders, index_dir, report
         self._excluded = {folder: read_excluded(folder, but=EXCLUDE_NAME) for folder in set(folders.values())}
         tables = []
         undecodable: list[str] = []
@@ -109,7 +109,14 @@ class Pictures:
                 for shard, start, end in zip(self._shards, self._starts, self._starts[1:], strict=False):
                     if self._folders[shard] == folder and is_left_out[start:end].any():
                         keys = self._keys(shard)[is_left_out[start:end]]
-                        file.writelines(f"{shard.name}/{key.decode()}\n" for key in keys)
+                        file.writelines(f"{shard.name}/{key}\n" for key in self._listable(shard, keys))
+
+    def _listable(self, shard: Path, keys: ndarray) -> Iterator[str]:
+        for key in map(bytes.decode, keys):
+            if is_listable(key):
+                yield key
+            else:
+                self._report.problem(f"{shard}/{key!r}: no list can hold this key, so it stays in training")
 
     def _keys(self, shard: Path) -> ndarray:
         keys = read_hashes(shard, index_dir=self._index_dir).keys

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data_tools.shard_writer import open_shard
 from ipa_train.bases import LatentPosterior
 from ipa_train.data.batch import Batch, Pictures
-from ipa_train.data.cache import CacheDescription, shard_name
+from ipa_train.data.cache import DESCRIPTION, CacheDescription, shard_name
 from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.data.pictures import PictureBatch, PictureLoader
 from ipa_train.data.scan import FEATURES_SUFFIX, FLIPPED_SUFFIX, TEXT_SUFFIX
@@ -76,6 +76,8 @@ class CacheWriter:
         self.flip, self.latents_std, self.batch_size = flip, latents_std, batch_size
         self.num_workers = data.num_workers
         self.groups = [shard.path.stem for shard in self.shards]
+        if Path(DESCRIPTION).stem in self.groups:
+            raise ConfigError(f"data.shards: rename {Path(DESCRIPTION).stem}.tar: the cache has a file of that name.")
         if twice := [name for name, count in Counter(self.groups).items() if count > 1]:
             raise ConfigError(f"data.shards: two shards are named {twice[0]}: encode each folder into its own cache.")
         self.description = CacheDescription(

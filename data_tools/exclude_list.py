@@ -7,8 +7,13 @@ from pathlib import Path
 from ipa_train.errors import ConfigError
 from ipa_train.runtime.files import atomic_write
 
-_UNLISTABLE = re.compile(r"^\s|\s$|\s#|[\n\r]")
+_UNLISTABLE = re.compile(r"^\s|\s$|\s#|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 """In a key: a line would be read as something else."""
+
+
+def is_listable(key: str) -> bool:
+    """Whether a line of an exclude list can name this key."""
+    return not _UNLISTABLE.search(key)
 
 
 def list_folders(shards: Sequence[Path], index_dir: Path | None, *, option: str) -> dict[Path, Path]:
@@ -34,7 +39,7 @@ def update_exclude_list(path: Path, excluded: Mapping[str, Mapping[str, str]], *
     lines = path.read_text().splitlines() if path.exists() else []
     lines = [line for line in lines if line.partition("/")[0] not in looked_at]
     for shard, reasons in excluded.items():
-        listed = {key: why for key, why in reasons.items() if not _UNLISTABLE.search(key)}
+        listed = {key: why for key, why in reasons.items() if is_listable(key)}
         lines += [f"{shard}/{key} # {' '.join(why.split())}" for key, why in listed.items()]
     if lines or path.exists():
         with atomic_write(path) as temporary:

@@ -14,7 +14,7 @@ Files are streamed, each as one task: memory is that of a row group per process.
 import argparse
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
@@ -153,14 +153,15 @@ def _exclude(paths: list[Path], chain: Chain, args: argparse.Namespace) -> Count
             raise ConfigError(f"--exclude: {path} has no {path.stem}.tar beside it; --out DIR filters url lists.")
     total: Counter[str] = Counter()
     folders = list_folders(paths, args.index_dir, option="--index-dir")
-    for folder, of_folder in groupby(sorted(paths), lambda path: folders[path]):
+    for folder, of_folder in groupby(sorted(paths, key=lambda path: (folders[path], path)), lambda path: folders[path]):
         make_index_folder(folder)
         target, header = folder / EXCLUDE_NAME, f"# ipa data filter {json.dumps(asdict(chain))}\n"
+        tasks = list(of_folder)
         if target.exists():
             _check_rules(str(target), _read_header(target), chain)
+            _check_named(target, {f"{path.stem}.tar" for path in tasks})
         with atomic_write(target) as temporary, temporary.open("w") as file:
             file.write(header)
-            tasks = list(of_folder)
             for _, result in run_tasks(
                 partial(_rejected, chain=chain), tasks, description=folder.name, unit="shard", workers=args.workers
             ):
@@ -179,6 +180,17 @@ def _read_header(path: Path) -> Mapping[str, Any]:
         return json.loads(words)
     except ValueError:
         raise ConfigError(f"{path}: not written by this tool; delete or rename it.") from None
+
+
+def _check_named(path: Path, shards: Set[str]) -> None:
+    """Refuse to write a list anew that names shards which take no part this time."""
+    lines = path.read_text().splitlines()
+    others = {line.partition("/")[0] for line in lines if not line.startswith("#")} - shards
+    if others:
+        raise ConfigError(
+            f"{path} excludes samples of {min(others)} too, which was not named: name all files of the folder, or "
+            "delete the list."
+        )
 
 
 def _rejected(path: Path, *, chain: Chain) -> tuple[Counter[str], list[str]]:

@@ -12,6 +12,8 @@ A table's other columns go into the sample's .json and the shard's .parquet; tho
 
 import argparse
 import json
+import os
+import secrets
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -29,7 +31,7 @@ from ipa_train.data.decode import MAX_PIXELS
 from ipa_train.data.scan import IMAGE_SUFFIXES
 from ipa_train.errors import ConfigError, DataError
 
-_DESCRIPTION, _LIST = "pack.json", ".pack-list"
+_DESCRIPTION, _LIST = "pack.json", ".tmp-pack-list"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,11 +58,14 @@ def run(args: argparse.Namespace) -> int:
     ignored: Counter[str] = Counter()
     options = ("image_root", "image_column", "caption_column", "caption_suffix")
     find = partial(find_entries, ignored=ignored, **{name: getattr(args, name) for name in options})
-    listed = write_list(args.out / _LIST, chain.from_iterable(map(find, args.sources)), shard_size=args.shard_size)
+    path = (
+        args.out / f"{_LIST}-{os.getpid()}-{secrets.token_hex(4)}"
+    )  # its own: it may be refused
+    listed = write_list(path, chain.from_iterable(map(find, args.sources)), shard_size=args.shard_size)
     try:
         return _pack(listed, args, ignored)
     finally:
-        listed.path.unlink()
+        listed.path.unlink(missing_ok=True)
 
 
 def _pack(listed: PackList, args: argparse.Namespace, ignored: Counter[str]) -> int:

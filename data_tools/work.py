@@ -169,6 +169,8 @@ class Report:
 
     def left_out(self, bad: Sequence[str], num_samples: int, max_bad_rate: float) -> None:
         """Name the samples that could not be used beside ``num_samples`` that could; too many are a problem."""
+        if not 0.0 <= max_bad_rate <= 1.0:
+            raise ConfigError(f"--max-bad-rate must be between 0 and 1, got {max_bad_rate}.")
         self.counts["bad samples left out"] = len(bad)
         self.facts["bad"] = list(bad)
         if len(bad) > max_bad_rate * (num_samples + len(bad)):
@@ -185,8 +187,8 @@ class Report:
         try:
             with atomic_write(path) as temporary:
                 temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
-        except OSError as error:
-            raise ConfigError(f"--report {path}: cannot be written: {error.strerror}.") from error
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--report {path}: cannot be written: {error}.") from error
         counts = ", ".join(f"{count:,} {what}" for what, count in self.counts.items())
         sys.stdout.write(f"{self.tool}: {counts or 'nothing to do'}; report in {path}\n")
         for text in self.problems[:_MAX_SHOWN]:

@@ -49,7 +49,8 @@ def find_files(spec: str | Sequence[str], *, suffix: str, option: str) -> list[P
         if missing:
             raise ConfigError(f"{option}={item}: {len(missing)} of {len(matches)} files missing, first {missing[0]}.")
         found += matches
-    twice = [path for path, count in Counter(found).items() if count > 1]
+    times = Counter(path.resolve() for path in found)
+    twice = [path for path in found if times[path.resolve()] > 1] if len(times) < len(found) else []
     if twice:
         raise ConfigError(f"{option} names {twice[0]} more than once.")
     return found

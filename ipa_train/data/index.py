@@ -342,13 +342,17 @@ def read_excluded(folder: Path, *, but: str = "") -> dict[str, frozenset[str]]:
     """Shard name -> keys to leave out, from all exclude lists of a folder ``but`` the one of that name.
 
     Raises:
-        DataError: a line is not ``00000.tar/key``.
+        DataError: a list is not UTF-8, or a line is not ``00000.tar/key``.
     """
     keys: dict[str, set[str]] = {}
     for path in sorted(folder.glob("exclude-*.txt")):
         if path.name == but:
             continue
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            lines = path.read_text("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 ({error.reason}); write it anew.") from error
+        for number, line in enumerate(lines, 1):
             shard, slash, key = _COMMENT.split(line)[0].strip().partition("/")
             if slash and shard and key:
                 keys.setdefault(shard, set()).add(key)

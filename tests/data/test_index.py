@@ -381,3 +381,11 @@ def test_names_that_begin_with_a_dot_and_slash_have_keys(tmp_path):
     one_tar(tmp_path, members)
     reader = ShardReader(index(tmp_path))
     assert [reader.read(0, row)[2] for row in range(3)] == ["0", "1", "2"]
+
+
+def test_exclude_lists_of_other_editors_are_read_or_refused(shards):
+    (shards / "exclude-x.txt").write_text("\ufeff00000.tar/000000001\n")
+    assert build_index(str(shards)).counts.tolist() == [6, 5, 9]
+    (shards / "exclude-x.txt").write_bytes("00000.tar/é".encode("latin-1"))
+    with pytest.raises(DataError, match=r"exclude-x\.txt: not UTF-8"):
+        build_index(str(shards))

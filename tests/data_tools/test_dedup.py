@@ -124,6 +124,21 @@ def test_shards_that_cannot_be_written_beside_have_their_list_with_their_index(t
         run(*folders, tmp_path / "c", "--index-dir", lists)
 
 
+def test_keys_that_no_list_can_hold_stay_and_are_a_problem(tmp_path):
+    write(tmp_path, 0, {"photo": photo(1), "photo #1": photo(0), "photo #2": photo(0)})
+    assert run(tmp_path) == 1
+    assert left_out(tmp_path) == []
+    assert "'photo #2': no list can hold this key" in str(report_of(tmp_path)["problems"])
+    assert build_index(str(tmp_path)).counts.tolist() == [3]
+
+
+def test_a_folder_named_by_two_paths_is_noticed(tmp_path):
+    write(tmp_path / "a", 0, {"x": photo(1)})
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(ConfigError, match="more than once"):
+        run(tmp_path / "a", tmp_path / "b")
+
+
 def test_hashes_are_reused_until_the_shard_changes(tmp_path):
     for number in range(3):
         write(tmp_path, number, {f"{number}": photo(number)})

@@ -189,6 +189,8 @@ def test_shards_are_filtered_by_an_exclude_list(downloaded):
     before = (downloaded / "exclude-filter.txt").read_bytes()
     assert run(downloaded, "--exclude", "--max-unsafe", 0.5) == 0
     assert (downloaded / "exclude-filter.txt").read_bytes() == before
+    with pytest.raises(ConfigError, match=r"excludes samples of 00000\.tar too, which was not named"):
+        run(downloaded / "00001.parquet", "--exclude", "--max-unsafe", 0.5)
     lists = downloaded / "lists"
     assert run(downloaded, "--exclude", "--max-unsafe", 0.5, "--index-dir", lists) == 0
     assert (lists / "exclude-filter.txt").read_bytes() == before

@@ -221,4 +221,3 @@ def test_a_killed_run_goes_on_to_the_same_shards(photos, tmp_path):
     assert main([*command[3:], str(out)]) == 0
     shards = sorted((tmp_path / "whole").glob("0*"))
     assert [path.read_bytes() for path in shards] == [(out / path.name).read_bytes() for path in shards]
-    assert not (out / ".pack-list").exists()
