@@ -58,9 +58,7 @@ def run(args: argparse.Namespace) -> int:
     ignored: Counter[str] = Counter()
     options = ("image_root", "image_column", "caption_column", "caption_suffix")
     find = partial(find_entries, ignored=ignored, **{name: getattr(args, name) for name in options})
-    path = (
-        args.out / f"{_LIST}-{os.getpid()}-{secrets.token_hex(4)}"
-    )  # its own: it may be refused
+    path = args.out / f"{_LIST}-{os.getpid()}-{secrets.token_hex(4)}"  # its own: it may be refused
     listed = write_list(path, chain.from_iterable(map(find, args.sources)), shard_size=args.shard_size)
     try:
         return _pack(listed, args, ignored)
