@@ -11,7 +11,6 @@ A table's other columns go into the sample's .json and the shard's .parquet; tho
 """
 
 import argparse
-import json
 import os
 import secrets
 from collections import Counter
@@ -25,7 +24,7 @@ import numpy as np
 from data_tools.pack_list import PackList, write_list
 from data_tools.pack_shard import REPEATED, PackTask, pack_shard
 from data_tools.pack_sources import MALFORMED_ROWS, find_entries
-from data_tools.shard_writer import stats_path
+from data_tools.shard_writer import read_stats, stats_path
 from data_tools.work import Report, add_max_bad_rate, add_work_arguments, claim_folder, make_output_folder, run_tasks
 from ipa_train.data.decode import MAX_PIXELS
 from ipa_train.data.scan import IMAGE_SUFFIXES
@@ -102,9 +101,9 @@ def _report_shards(report: Report, shards: Sequence[Path], max_bad_rate: float) 
     for shard in shards:
         if not stats_path(shard).exists():
             continue
-        stats = json.loads(stats_path(shard).read_text())
-        report.counts["samples"] += stats["successes"]
-        for key, why in stats["left_out"].items():
+        num_samples, left_out = read_stats(shard)
+        report.counts["samples"] += num_samples
+        for key, why in left_out.items():
             kind = why.partition(": ")[0]
             report.counts[kind] += 1
             if kind != REPEATED:

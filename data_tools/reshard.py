@@ -11,7 +11,6 @@ shard done again, delete it. Of a sample only its picture and caption are kept; 
 
 import argparse
 import io
-import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_tools.shard_writer import open_shard, stats_path
+from data_tools.shard_writer import open_shard, read_stats, stats_path
 from data_tools.work import (
     Report,
     add_max_bad_rate,
@@ -226,9 +225,9 @@ def run(args: argparse.Namespace) -> int:
             del paths[place]
     bad = []
     for path in paths.values():
-        stats = json.loads(stats_path(path).read_text())
-        report.counts["samples"] += stats["successes"]
-        bad += [f"{name}: {why}" for name, why in stats["left_out"].items()]
+        num_samples, left_out = read_stats(path)
+        report.counts["samples"] += num_samples
+        bad += [f"{name}: {why}" for name, why in left_out.items()]
     report.counts["shards"] = len(paths)
     report.counts["of these already there"] = len(places) - len(missing)
     report.counts["shards left to other tasks"] = len(source.places()) - len(places)

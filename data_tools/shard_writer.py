@@ -55,6 +55,20 @@ def open_shard(path: Path) -> Iterator[ShardWriter]:
         temporary.write_text(json.dumps(stats))
 
 
+def read_stats(shard: Path) -> tuple[int, dict[str, str]]:
+    """What a shard's mark says: how many samples were written, and why which were left out.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    path = stats_path(shard)
+    try:
+        stats = json.loads(path.read_text())
+        return int(stats["successes"]), dict(stats["left_out"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged; delete it, and its shard is written anew.") from error
+
+
 def stats_path(shard: Path) -> Path:
     """Where the mark of a complete shard lies."""
     return shard.with_name(f"{shard.stem}_stats.json")

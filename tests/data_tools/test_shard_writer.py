@@ -2,9 +2,10 @@
 
 import pytest
 
-from data_tools.shard_writer import open_shard
+from data_tools.shard_writer import open_shard, read_stats
 from ipa_train.data.index import build_index
 from ipa_train.data.reader import ShardReader
+from ipa_train.errors import DataError
 from tests.data.conftest import encode, picture
 
 SAMPLES = {f"sample{i}": {"jpg": encode(picture(i)), "txt": f"picture {i}".encode()} for i in range(5)}
@@ -40,3 +41,11 @@ def test_a_failure_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
         write_badly(tmp_path / "00000.tar")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_mark_is_one_line_with_its_cure(tmp_path):
+    write(tmp_path / "00000.tar")
+    assert read_stats(tmp_path / "00000.tar") == (5, {})
+    (tmp_path / "00000_stats.json").write_text("{")
+    with pytest.raises(DataError, match=r"00000_stats\.json: damaged; delete it, and its shard is written anew"):
+        read_stats(tmp_path / "00000.tar")
