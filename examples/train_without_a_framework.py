@@ -41,7 +41,7 @@ encoder = CLIPImageEncoder.from_pretrained(args.image_encoder).to(device)
 sites = base.attention_sites()
 projector = LinearProjector(feature_dim=encoder.feature_dim("pooled"), context_dim=base.context_dim)
 adapter = IPAdapter(projector=projector, sites=sites).to(device).attach(sites)
-objective = Objective(prediction_type=base.prediction_type, alphas_cumprod=base.alphas_cumprod)
+objective = Objective(base_prediction=base.prediction_type, schedule=base.schedule)
 optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4, weight_decay=0.01)
 
 for step in range(args.steps):
@@ -50,12 +50,12 @@ for step in range(args.steps):
     batch = [paths[int(i) % len(paths)] for i in positions]
     dropped = ConditionDropout().draw(draws)
     features = encoder.encode(load(batch, encoder.image_size).to(device), "pooled")
-    image_tokens = adapter(dropped.image_features(features, encoder.null_features("pooled")))
+    image_tokens = adapter(*dropped.image_features([features], [encoder.null_features("pooled")]))
     text = base.encode_text(dropped.captions([path.stem.replace("_", " ") for path in batch]))
     posterior = base.vae.encode(load(batch, args.resolution).to(device))
     latents = posterior.sample(draws.normal("posterior", posterior.mean.shape[1:]))
     noise = objective.draw_noise(draws, latents.shape[1:])
-    timesteps = UniformTimesteps().draw(draws, objective.num_timesteps)
+    timesteps = base.schedule.timesteps(UniformTimesteps().draw(draws))
     prediction = base.predict(objective.add_noise(latents, noise, timesteps), timesteps, text, image_tokens)
     loss = objective.losses(prediction, objective.target(latents, noise, timesteps), timesteps).mean()
     optimizer.zero_grad()

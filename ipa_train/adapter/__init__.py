@@ -2,6 +2,16 @@
 
 from ipa_train.adapter.adapter import IPAdapter
 from ipa_train.adapter.projector import LinearProjector, MLPProjector, Projector, Resampler
-from ipa_train.adapter.sites import AttentionSite
+from ipa_train.adapter.sites import AttentionSite, ImageBranch
+from ipa_train.adapter.tokens import ImageTokens
 
-__all__ = ["AttentionSite", "IPAdapter", "LinearProjector", "MLPProjector", "Projector", "Resampler"]
+__all__ = [
+    "AttentionSite",
+    "IPAdapter",
+    "ImageBranch",
+    "ImageTokens",
+    "LinearProjector",
+    "MLPProjector",
+    "Projector",
+    "Resampler",
+]

@@ -1,14 +1,14 @@
-"""The IP-Adapter: a projector and one image attention for each site of a frozen denoiser."""
+"""The IP-Adapter: a projector and one image branch for each site of a frozen denoiser."""
 
 from collections.abc import Sequence
 from typing import Any, cast
 
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from ipa_train.adapter.attention import DecoupledCrossAttention, ImageAttention
 from ipa_train.adapter.projector import Projector
-from ipa_train.adapter.sites import AttentionSite
+from ipa_train.adapter.sites import AttentionSite, ImageBranch, Processor
+from ipa_train.adapter.tokens import ImageTokens
 
 
 def branch_key(site: AttentionSite) -> str:
@@ -25,27 +25,28 @@ class IPAdapter(nn.Module):
     def __init__(self, *, projector: Projector, sites: Sequence[AttentionSite]) -> None:
         super().__init__()
         self.projector = projector
-        self.branches = nn.ModuleDict()
-        for site in sites:
-            branch = ImageAttention(hidden_dim=site.hidden_dim, context_dim=site.context_dim)
-            branch.copy_text_weights(site.module.to_k, site.module.to_v)
-            self.branches[branch_key(site)] = branch
-        self._attached: list[tuple[AttentionSite, Any, DecoupledCrossAttention]] = []
+        self.branches = nn.ModuleDict({branch_key(site): site.branch.for_site(site, projector) for site in sites})
+        self._attached: list[tuple[AttentionSite, Any, Processor]] = []
 
-    def forward(self, image_features: Float[Tensor, "b *s f"]) -> Float[Tensor, "b n d"]:
-        """Return the fp32 image tokens, the argument of ``Base.predict``."""
-        return cast(Tensor, self.projector(image_features))
+    def forward(
+        self, *image_features: Float[Tensor, "b *s f"], timesteps: Num[Tensor, "b"] | None = None
+    ) -> ImageTokens:
+        """Return the fp32 image tokens, the argument of ``Base.predict``.
 
-    def branch(self, site: AttentionSite) -> ImageAttention:
+        One tensor for each of ``projector.feature_kinds``; ``timesteps`` are needed where the projector knows them.
+        """
+        return self.projector.tokens(*image_features, timesteps=timesteps)
+
+    def branch(self, site: AttentionSite) -> ImageBranch:
         """The image half of one site."""
-        return cast(ImageAttention, self.branches[branch_key(site)])
+        return cast(ImageBranch, self.branches[branch_key(site)])
 
     def attach(self, sites: Sequence[AttentionSite]) -> "IPAdapter":
         """Extend every site; until then, and after :meth:`detach`, the base takes no notice of image tokens."""
         if self._attached:
             raise RuntimeError("This adapter is attached already: detach it first.")
         for site in sites:
-            processor = DecoupledCrossAttention(self.branch(site))
+            processor = self.branch(site).processor(site)
             self._attached.append((site, site.module.processor, processor))
             site.module.set_processor(processor)
         return self

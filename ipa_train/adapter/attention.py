@@ -10,19 +10,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
-def split_heads(x: Float[Tensor, "b s d"], num_heads: int) -> Float[Tensor, "b heads s e"]:
-    """Reshape (b, s, heads * e) to (b, heads, s, e)."""
-    return x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2)
-
-
-def merge_heads(x: Float[Tensor, "b heads s e"]) -> Float[Tensor, "b s d"]:
-    """Invert :func:`split_heads`."""
-    return x.transpose(1, 2).flatten(2)
+from ipa_train.adapter.heads import merge_heads, split_heads
+from ipa_train.adapter.projector import Projector
+from ipa_train.adapter.sites import AttentionSite, ImageBranch
 
 
-class ImageAttention(nn.Module):
-    """The image half of one site: two bias-free projections of the image tokens.
+class ImageAttention(ImageBranch):
+    """The image half of a UNet's cross-attention: two bias-free projections of the image tokens.
 
     Initialised as copies of the site's text projections when those are given: random or zero weights lose the warm
     start that the released adapters had.
@@ -32,6 +26,17 @@ class ImageAttention(nn.Module):
         super().__init__()
         self.to_k_ip = nn.Linear(context_dim, hidden_dim, bias=False)
         self.to_v_ip = nn.Linear(context_dim, hidden_dim, bias=False)
+
+    @classmethod
+    def for_site(cls, site: AttentionSite, projector: Projector) -> "ImageAttention":
+        """A branch that starts from the site's text projections."""
+        branch = cls(hidden_dim=site.hidden_dim, context_dim=site.context_dim)
+        branch.copy_text_weights(site.module.to_k, site.module.to_v)
+        return branch
+
+    def processor(self, site: AttentionSite) -> "DecoupledCrossAttention":
+        """The site's cross-attention with this branch added."""
+        return DecoupledCrossAttention(self)
 
     @torch.no_grad()
     def copy_text_weights(self, to_k: nn.Linear, to_v: nn.Linear) -> None:
@@ -52,16 +57,11 @@ class ImageAttention(nn.Module):
 
 
 class DecoupledCrossAttention:
-    """The text cross-attention of a UNet site with the image half added; takes the place of its ``processor``.
-
-    Not an ``nn.Module``: the adapter owns the weights, and a frozen base that registered them would cast, freeze and
-    save them with its own.
-    """
+    """The text cross-attention of a UNet site with the image half added; takes the place of its ``processor``."""
 
     def __init__(self, image_attention: ImageAttention) -> None:
         self.image_attention = image_attention
         self.scale = 1.0
-        """Weight of the image half (lambda in the paper); 0 skips it, so the base's output is kept bit for bit."""
 
     def __call__(
         self,

@@ -6,25 +6,31 @@ hidden state). They run in fp32: activations of up to 12,000 in the resampler ov
 their cost is below 1 % of a training step.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from ipa_train.adapter.attention import merge_heads, split_heads
+from ipa_train.adapter.heads import merge_heads, split_heads
+from ipa_train.adapter.tokens import ImageTokens
 from ipa_train.errors import ConfigError
 
 FeatureKind = Literal["pooled", "penultimate"]
 """``pooled``: one projected embedding per image. ``penultimate``: the hidden states before the encoder's last layer."""
+
+NullImage = Literal["zero_features", "zero_pixels", "black_image"]
+"""What stands for "no image": ``zero_features``, zeros in place of the features; ``zero_pixels``, an all-zero
+*normalised* picture (mean grey), encoded; ``black_image``, a black picture, normalised and encoded."""
 
 
 class Projector(nn.Module):
     """What all projectors share: which features they read, how many tokens they give, and their sizes."""
 
     variant: ClassVar[str]
-    feature_kind: ClassVar[FeatureKind]
+    feature_kinds: ClassVar[tuple[FeatureKind, ...]]
+    """The image features that ``forward`` takes, in its order."""
 
     def __init__(self, *, feature_dim: int, context_dim: int) -> None:
         super().__init__()
@@ -34,12 +40,16 @@ class Projector(nn.Module):
         self.feature_dim = feature_dim
         self.context_dim = context_dim
 
+    def tokens(self, *image_features: Float[Tensor, "b *s f"], timesteps: Num[Tensor, "b"] | None) -> ImageTokens:
+        """The image tokens of a batch; most projectors make the same of a picture at every timestep."""
+        return ImageTokens(cast(Tensor, self(*image_features)))
+
 
 class LinearProjector(Projector):
     """One linear layer and a LayerNorm: (b, feature_dim) -> (b, num_tokens, context_dim)."""
 
     variant = "linear"
-    feature_kind: ClassVar[FeatureKind] = "pooled"
+    feature_kinds: ClassVar[tuple[FeatureKind, ...]] = ("pooled",)
 
     def __init__(self, *, feature_dim: int, context_dim: int, num_tokens: int = 4) -> None:
         super().__init__(feature_dim=feature_dim, context_dim=context_dim)
@@ -58,7 +68,7 @@ class MLPProjector(Projector):
     """A two-layer MLP on every hidden state: (b, s, feature_dim) -> (b, s, context_dim)."""
 
     variant = "full"
-    feature_kind: ClassVar[FeatureKind] = "penultimate"
+    feature_kinds: ClassVar[tuple[FeatureKind, ...]] = ("penultimate",)
 
     def __init__(self, *, feature_dim: int, context_dim: int) -> None:
         super().__init__(feature_dim=feature_dim, context_dim=context_dim)
@@ -104,7 +114,7 @@ class Resampler(Projector):
     """
 
     variant = "plus"
-    feature_kind: ClassVar[FeatureKind] = "penultimate"
+    feature_kinds: ClassVar[tuple[FeatureKind, ...]] = ("penultimate",)
     depth: ClassVar[int] = 4
     dim_head: ClassVar[int] = 64
     ff_mult: ClassVar[int] = 4

@@ -7,14 +7,18 @@ the forward after such state is gone, and then returns wrong gradients without a
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int64
+from diffusers import DiffusionPipeline
+from jaxtyping import Float, Int64, Num
 from torch import Tensor, nn
 
+from ipa_train.adapter.projector import FeatureKind, NullImage
 from ipa_train.adapter.sites import AttentionSite
+from ipa_train.adapter.tokens import ImageTokens
 from ipa_train.bases.vae import FrozenVAE
-from ipa_train.diffusion.objective import PredictionType
+from ipa_train.diffusion.schedule import NoiseSchedule, PredictionType
 
 
 @dataclass(frozen=True)
@@ -22,16 +26,15 @@ class TextConditioning:
     """Encoded captions."""
 
     context: Float[Tensor, "b l d"]
-    """Token states that cross-attention reads."""
+    """Token states that attention reads."""
     pooled: Float[Tensor, "b p"] | None = None
     """One vector per caption, for families that use it."""
 
-    def where(self, keep: Tensor, other: "TextConditioning") -> "TextConditioning":
-        """Rows of ``self`` where ``keep`` (bool, shape b), else the rows of ``other`` (broadcast from one row)."""
-        pooled = None
-        if self.pooled is not None and other.pooled is not None:
-            pooled = torch.where(keep[:, None], self.pooled, other.pooled)
-        return TextConditioning(torch.where(keep[:, None, None], self.context, other.context), pooled)
+    @staticmethod
+    def cat(parts: Sequence["TextConditioning"]) -> "TextConditioning":
+        """Join batches."""
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return TextConditioning(torch.cat([part.context for part in parts]), torch.cat(pooled) if pooled else None)
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,23 @@ class MicroConditioning:
     crop_top_lefts: Int64[Tensor, "b 2"]
     target_sizes: Int64[Tensor, "b 2"]
 
+    @staticmethod
+    def uncropped(size: tuple[int, int], count: int, device: torch.device) -> "MicroConditioning":
+        """What pipelines say of pictures that they are to make: of this (height, width), and not cropped."""
+        sizes = torch.tensor([size] * count, device=device)
+        return MicroConditioning(sizes, torch.zeros_like(sizes), sizes)
+
 
 class Base(nn.Module, ABC):
     """A frozen text-to-image model. Its weights never require gradients and it always stays in eval mode."""
 
+    pipeline_class: ClassVar[str]
+    """``_class_name`` in the ``model_index.json`` of its folders."""
     prediction_type: PredictionType
-    alphas_cumprod: Float[Tensor, "t"]
-    """Cumulative signal share of each of the training timesteps, fp32."""
+    schedule: NoiseSchedule
+    """How noise was mixed into the latents it was trained on."""
     context_dim: int
-    """Width of the text tokens."""
+    """Width of the image tokens that its attention takes; in UNets that of the text tokens."""
     vae: FrozenVAE
     """What makes latents of pictures."""
     path: str
@@ -58,24 +69,63 @@ class Base(nn.Module, ABC):
     dtype: torch.dtype
     """Precision of the denoiser."""
 
+    @classmethod
+    def load_vae(
+        cls,
+        path: str,
+        *,
+        dtype: str = "bfloat16",
+        vae_dtype: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        **_: object,
+    ) -> FrozenVAE:
+        """Load the autoencoder alone, by the options of ``from_pretrained``."""
+        return FrozenVAE.from_pretrained(path, dtype=vae_dtype or dtype, revision=revision, variant=variant)
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of pictures must be multiples of this, in pixels."""
+        return self.vae.stride
+
+    def null_image(self, kind: FeatureKind) -> NullImage:
+        """What stands for "no image" in this family's diffusers pipelines, and so in training."""
+        return "zero_features" if kind == "pooled" else "zero_pixels"
+
+    def null_text(self, count: int) -> TextConditioning:
+        """What this family's diffusers pipelines guide away from, where no negative prompt is given."""
+        return self.encode_text([""] * count)
+
+    def timestep_shift(self, latent_size: tuple[int, int]) -> float:
+        """How far timesteps are shifted towards the noise for latents of (height, width); see ``Timesteps``."""
+        return 1.0
+
     @abstractmethod
     def encode_text(self, captions: Sequence[str]) -> TextConditioning:
         """Tokenise and encode; the empty caption is the "no text" condition."""
 
     @abstractmethod
     def attention_sites(self) -> list[AttentionSite]:
-        """The cross-attentions an adapter extends, in the order of interchange files."""
+        """The attentions an adapter extends, in the order of interchange files."""
 
     @abstractmethod
     def predict(
         self,
         noisy_latents: Float[Tensor, "b c h w"],
-        timesteps: Int64[Tensor, "b"],
+        timesteps: Num[Tensor, "b"],
         text: TextConditioning,
-        image_tokens: Float[Tensor, "b n d"] | None,
+        image_tokens: ImageTokens | None,
         micro: MicroConditioning | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """One denoiser forward, returned in fp32; ``image_tokens=None`` is the base model alone."""
+
+    @abstractmethod
+    def sampler(self, num_steps: int, latent_size: tuple[int, int]) -> Any:
+        """A diffusers scheduler set to ``num_steps``, that turns predictions into latents of (height, width)."""
+
+    @abstractmethod
+    def pipeline(self) -> DiffusionPipeline:
+        """A diffusers pipeline on these very weights."""
 
     def train(self, mode: bool = True) -> "Base":
         """Stay in eval mode: a frozen model has no training behaviour (dropout, batch statistics)."""

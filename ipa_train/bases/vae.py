@@ -35,6 +35,8 @@ class FrozenVAE(nn.Module):
         self.model = model.requires_grad_(False).eval()
         self.stride: int = 2 ** (len(model.config.block_out_channels) - 1)
         """Pixels per latent, in each direction."""
+        self.num_channels: int = model.config.latent_channels
+        """Of the latents."""
 
     @classmethod
     def from_pretrained(
@@ -64,22 +66,31 @@ class FrozenVAE(nn.Module):
         """Precision it runs in."""
         return cast(torch.dtype, self.model.dtype)
 
+    @property
+    def _scaling(self) -> float:
+        return float(self.model.config.scaling_factor)
+
+    @property
+    def _shift(self) -> float:
+        return float(getattr(self.model.config, "shift_factor", None) or 0.0)
+
     @torch.no_grad()
     def encode(self, pixels: UInt8[Tensor, "b c h w"]) -> LatentPosterior:
-        """Encode RGB 0..255 into the fp32 posterior, times the scaling factor."""
+        """Encode RGB 0..255 into the fp32 posterior, shifted and scaled as the denoiser is trained on."""
         posterior = self.model.encode(pixels.to(self.dtype) / 127.5 - 1.0).latent_dist
-        scaling = self.model.config.scaling_factor
-        return LatentPosterior(posterior.mean.float() * scaling, posterior.std.float() * scaling)
+        mean = (posterior.mean.float() - self._shift) * self._scaling
+        return LatentPosterior(mean, posterior.std.float() * self._scaling)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b 3 p q"]:
         """RGB 0..255 of scaled latents."""
-        decoded = self.model.decode(latents.to(self.dtype) / self.model.config.scaling_factor).sample
+        decoded = self.model.decode((latents / self._scaling + self._shift).to(self.dtype)).sample
         return (decoded.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
 
     def identity(self) -> dict[str, Any]:
-        """What latents depend on: the weights, and the scaling factor."""
-        return {"vae_sha256": self._weights_sha256, "scaling_factor": self.model.config.scaling_factor}
+        """What latents depend on: the weights, and how they are shifted and scaled."""
+        shift = {"shift_factor": self._shift} if self._shift else {}
+        return {"vae_sha256": self._weights_sha256, "scaling_factor": self._scaling, **shift}
 
     @cached_property
     def _weights_sha256(self) -> str:

@@ -26,8 +26,8 @@ def build_module(config: DictConfig) -> AdapterTraining:
     """
     base = instantiate(config.base)
     for option in ("resolution", "bucket_step"):
-        if (size := config.data.get(option)) and size % base.vae.stride:
-            raise ConfigError(f"data.{option}={size} must be a multiple of {base.vae.stride}, the VAE's stride.")
+        if (size := config.data.get(option)) and size % base.size_multiple:
+            raise ConfigError(f"data.{option}={size} must be a multiple of {base.size_multiple} for this base.")
     module = AdapterTraining(
         base=base,
         image_encoder=instantiate(config.image_encoder),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_tools.encode import CacheWriter
 from data_tools.work import Report, add_max_bad_rate, add_share_arguments, my_share
-from ipa_train.bases import FrozenVAE, LatentPosterior
+from ipa_train.bases import LatentPosterior
 from ipa_train.cli.binding import instantiate, locate
 from ipa_train.cli.config import load_config
 from ipa_train.conditioning import CLIPImageEncoder
@@ -47,21 +47,19 @@ def run(args: argparse.Namespace) -> int:
     if torch.cuda.is_available() and config.trainer.accelerator != "cpu":
         local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
         device = torch.device("cuda", local_rank % torch.cuda.device_count())  # a task may see its own GPU alone
-    base = config.base
-    vae = FrozenVAE.from_pretrained(
-        base.path, dtype=base.vae_dtype or base.dtype, revision=base.revision, variant=base.variant
-    ).to(device)
+    family = locate(config.base._target_, "base").__self__
+    vae = family.load_vae(**{key: value for key, value in config.base.items() if key != "_target_"}).to(device)
     image_encoder: CLIPImageEncoder = instantiate(config.image_encoder).to(device)
-    kind = locate(config.adapter.projector._target_, "adapter.projector").feature_kind
+    kinds = locate(config.adapter.projector._target_, "adapter.projector").feature_kinds
     data = instantiate(
         config.data,
         image_prompt_size=image_encoder.image_size,
-        encoders=encoders_identity(vae.identity(), image_encoder.identity(), kind),
+        encoders=encoders_identity(vae.identity(), image_encoder.identity(), "+".join(kinds)),
     )
 
     def encode(pictures: Pictures) -> tuple[LatentPosterior, Tensor]:
         prompts = pictures.image_prompts.to(device, non_blocking=True)
-        return vae.encode(pictures.pixels.to(device, non_blocking=True)), image_encoder.encode(prompts, kind)
+        return vae.encode(pictures.pixels.to(device, non_blocking=True)), image_encoder.encode(prompts, kinds[0])
 
     writer = CacheWriter(
         data,

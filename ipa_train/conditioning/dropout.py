@@ -23,11 +23,13 @@ class Dropped:
         return ["" if gone else caption for caption, gone in zip(captions, self.text.tolist(), strict=True)]
 
     def image_features(
-        self, image_features: Float[Tensor, "b *s f"], null_features: Float[Tensor, "1 *s f"]
-    ) -> Float[Tensor, "b *s f"]:
-        """The features, replaced by the encoder's "no image" where the image is dropped."""
-        mask = self.image.reshape(-1, *[1] * (image_features.ndim - 1))
-        return torch.where(mask, null_features, image_features)
+        self, image_features: Sequence[Float[Tensor, "b *_"]], null_features: Sequence[Float[Tensor, "1 *_"]]
+    ) -> tuple[Float[Tensor, "b *_"], ...]:
+        """The features of each kind, replaced by the encoder's "no image" where the image is dropped."""
+        return tuple(
+            torch.where(self.image.reshape(-1, *[1] * (features.ndim - 1)), null, features)
+            for features, null in zip(image_features, null_features, strict=True)
+        )
 
 
 class ConditionDropout:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ipa_train.adapter.projector import FeatureKind
+from ipa_train.adapter.projector import FeatureKind, NullImage
 from ipa_train.errors import ConfigError
 from ipa_train.runtime.identity import weights_sha256
 from ipa_train.runtime.precision import to_dtype
@@ -96,14 +96,14 @@ class CLIPImageEncoder(nn.Module):
         return self._features((pixels / 255.0 - self.mean) / self.std, kind)
 
     @torch.no_grad()
-    def null_features(self, kind: FeatureKind) -> Float[Tensor, "1 *s f"]:
-        """Features of "no image", as diffusers has them at inference for that kind.
-
-        pooled: zeros in place of the embedding; penultimate: an all-zero *normalised* picture (mean grey), encoded.
-        """
+    def null_features(self, kind: FeatureKind, null: NullImage | None = None) -> Float[Tensor, "1 *s f"]:
+        """Features of "no image"; by default as diffusers has them at inference in UNets."""
+        null = null or ("zero_features" if kind == "pooled" else "zero_pixels")
         pixels = torch.zeros(1, 3, self.image_size, self.image_size, device=self.mean.device)
+        if null == "black_image":
+            pixels = (pixels - self.mean) / self.std
         features = self._features(pixels, kind)
-        return torch.zeros_like(features) if kind == "pooled" else features
+        return torch.zeros_like(features) if null == "zero_features" else features
 
     def _features(self, pixels: Float[Tensor, "b c h w"], kind: FeatureKind) -> Float[Tensor, "b *s f"]:
         pixels = pixels.to(self.model.dtype)

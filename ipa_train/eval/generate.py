@@ -13,7 +13,7 @@ from transformers import CLIPImageProcessorPil
 
 from ipa_train.adapter import IPAdapter
 from ipa_train.adapter.projector import FeatureKind
-from ipa_train.bases import StableDiffusion
+from ipa_train.bases import Base, MicroConditioning, StableDiffusion, TextConditioning
 from ipa_train.conditioning import CLIPImageEncoder
 from ipa_train.errors import ConfigError
 from ipa_train.export.description import describe
@@ -24,10 +24,10 @@ from ipa_train.export.warm_start import check_image_encoder, check_sites
 
 @torch.no_grad()
 def generate(
-    base: StableDiffusion,
+    base: Base,
     adapter: IPAdapter,
-    image_features: Float[Tensor, "b *s f"],
-    null_features: Float[Tensor, "1 *s f"],
+    image_features: Sequence[Float[Tensor, "b *_"]],
+    null_features: Sequence[Float[Tensor, "1 *_"]],
     prompts: Sequence[str],
     *,
     size: tuple[int, int],
@@ -37,26 +37,28 @@ def generate(
 ) -> list[Image.Image]:
     """One picture of ``size`` (height, width) for each image prompt, with the adapter as it is attached to the base.
 
-    Runs diffusers' own pipeline on the very weights that are being trained: what the exported file will give there.
-    Image i is drawn from the seed ``seed + i``.
+    The loop of diffusers' pipelines around the very ``predict`` that is trained, so it is the same for every base, and
+    gives what the exported file will give there. Image i is drawn from the seed ``seed + i``.
     """
-    tokens = adapter(image_features)
-    null_tokens = adapter(null_features).expand_as(tokens)
-    pipeline = base.pipeline()
-    pipeline.set_progress_bar_config(disable=True)
-    # The pipeline runs the unconditional half of a batch first.
-    both = torch.cat([null_tokens, tokens]) if guidance_scale > 1.0 else tokens
-    latents = pipeline(
-        prompt=list(prompts),
-        height=size[0],
-        width=size[1],
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        generator=seeds(seed, len(prompts)),
-        cross_attention_kwargs={"ip_hidden_states": both.to(base.dtype)},
-        output_type="latent",
-    ).images
-    # Decoded here: the pipeline cannot, where base.vae_dtype differs from that of the UNet.
+    count, device = len(prompts), image_features[0].device
+    shape = (base.vae.num_channels, size[0] // base.vae.stride, size[1] // base.vae.stride)
+    sampler = base.sampler(num_inference_steps, (shape[1], shape[2]))
+    latents = torch.stack([torch.randn(shape, generator=g) for g in seeds(seed, count)]).to(device)
+    conditions = [base.encode_text(prompts)]
+    features = list(image_features)
+    if guidance_scale > 1.0:
+        conditions.insert(0, base.null_text(count))
+        features = [torch.cat([n.expand_as(f), f]) for f, n in zip(features, null_features, strict=True)]
+    text, rounds = TextConditioning.cat(conditions), len(conditions)
+    micro = MicroConditioning.uncropped(size, count * rounds, device)
+    for t in sampler.timesteps:
+        timesteps = t.to(device).expand(count * rounds)
+        tokens = adapter(*features, timesteps=timesteps)
+        prediction = base.predict(torch.cat([latents] * rounds), timesteps, text, tokens, micro)
+        if guidance_scale > 1.0:
+            unconditional, conditional = prediction.chunk(2)
+            prediction = unconditional + guidance_scale * (conditional - unconditional)
+        latents = sampler.step(prediction, t, latents, return_dict=False)[0]
     return to_pil(base.vae.decode(latents))
 
 

@@ -46,8 +46,8 @@ def interchange_names(adapter: IPAdapter, sites: Sequence[AttentionSite]) -> dic
     projector = projector_names(adapter.projector)
     names = {f"projector.{ours}": f"image_proj.{theirs}" for ours, theirs in projector.items()}
     for site in sorted(sites, key=lambda s: s.index):
-        for part in ("to_k_ip", "to_v_ip"):
-            names[f"branches.{branch_key(site)}.{part}.weight"] = f"ip_adapter.{site.index}.{part}.weight"
+        for name in adapter.branch(site).state_dict():
+            names[f"branches.{branch_key(site)}.{name}"] = f"ip_adapter.{site.index}.{name}"
     return names
 
 

@@ -17,7 +17,7 @@ from ipa_train.conditioning.image_encoder import CLIPImageEncoder
 from ipa_train.data.batch import Batch, Pictures
 from ipa_train.data.cache import encoders_identity
 from ipa_train.diffusion.objective import Objective
-from ipa_train.diffusion.timesteps import UniformTimesteps
+from ipa_train.diffusion.timesteps import Timesteps
 from ipa_train.export.file import write_export
 from ipa_train.export.layouts import interchange_names
 from ipa_train.runtime.seeding import Draws
@@ -41,7 +41,7 @@ class AdapterTraining(lightning.LightningModule):
         projector: Callable[..., Projector],
         objective: Callable[..., Objective],
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
-        timesteps: UniformTimesteps,
+        timesteps: Timesteps,
         dropout: ConditionDropout,
         lr_schedule: LRSchedule,
         ema: AdapterEMA | None = None,
@@ -50,14 +50,17 @@ class AdapterTraining(lightning.LightningModule):
         super().__init__()
         self.strict_loading = False  # checkpoints hold the adapter only
         self.base, self.image_encoder = base, image_encoder
-        kind = projector.func.feature_kind  # type: ignore[attr-defined]
         torch.manual_seed(seed)
+        kinds = projector.func.feature_kinds  # type: ignore[attr-defined]
+        dims = map(image_encoder.feature_dim, kinds)
+        sizes = dict(zip(("feature_dim", "hidden_dim"), dims, strict=False))
         self.adapter = IPAdapter(
-            projector=projector(feature_dim=image_encoder.feature_dim(kind), context_dim=base.context_dim),
-            sites=base.attention_sites(),
+            projector=projector(**sizes, context_dim=base.context_dim), sites=base.attention_sites()
         ).attach(base.attention_sites())
-        self.register_buffer("null_features", image_encoder.null_features(kind), persistent=False)
-        self.objective = objective(prediction_type=base.prediction_type, alphas_cumprod=base.alphas_cumprod)
+        for i, kind in enumerate(kinds):
+            null = image_encoder.null_features(kind, base.null_image(kind))
+            self.register_buffer(f"null_features_{i}", null, persistent=False)
+        self.objective = objective(base_prediction=base.prediction_type, schedule=base.schedule)
         self.timesteps, self.dropout = timesteps, dropout
         self.make_optimizer, self.lr_schedule = optimizer, lr_schedule
         self.ema, self.seed = ema, seed
@@ -69,37 +72,48 @@ class AdapterTraining(lightning.LightningModule):
         dropped = self.dropout.draw(draws)
         text = self.base.encode_text(dropped.captions(batch.captions))
         posterior, image_features = self.encode(batch)
-        image_tokens = self.adapter(dropped.image_features(image_features, self.null_features))
 
         latents = posterior.sample(draws.normal("posterior", posterior.mean.shape[1:]))
         noise = self.objective.draw_noise(draws, latents.shape[1:])
-        timesteps = self.timesteps.draw(draws, self.objective.num_timesteps)
+        u = self.timesteps.draw(draws, base_shift=self.base.timestep_shift((latents.shape[2], latents.shape[3])))
+        timesteps = self.objective.schedule.timesteps(u)
         noisy_latents = self.objective.add_noise(latents, noise, timesteps)
-        micro = MicroConditioning(batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
 
+        image_tokens = self.adapter(*dropped.image_features(image_features, self.null_features), timesteps=timesteps)
+        micro = MicroConditioning(batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
         prediction = self.base.predict(noisy_latents, timesteps, text, image_tokens, micro)
         losses = self.objective.losses(prediction, self.objective.target(latents, noise, timesteps), timesteps)
         self.record(losses.detach(), timesteps, dropped)
         return losses.mean()
 
-    def encode(self, batch: Batch) -> tuple[LatentPosterior, Tensor]:
+    @property
+    def null_features(self) -> tuple[Tensor, ...]:
+        """Features of "no image", of each kind that the projector takes."""
+        kinds = self.adapter.projector.feature_kinds
+        return tuple(self.get_buffer(f"null_features_{i}") for i in range(len(kinds)))
+
+    def encode(self, batch: Batch) -> tuple[LatentPosterior, tuple[Tensor, ...]]:
         """Latents and image features of a batch: from its pictures, or as they were cached."""
         content = batch.content
         if isinstance(content, Pictures):
-            kind = self.adapter.projector.feature_kind
-            return self.base.vae.encode(content.pixels), self.image_encoder.encode(content.image_prompts, kind)
+            kinds = self.adapter.projector.feature_kinds
+            features = tuple(self.image_encoder.encode(content.image_prompts, kind) for kind in kinds)
+            return self.base.vae.encode(content.pixels), features
         mean = content.latents_mean.float()
         std = torch.zeros_like(mean) if content.latents_std is None else content.latents_std.float()
-        return LatentPosterior(mean, std), content.image_features.to(self.null_features.dtype)
+        features = tuple(
+            x.to(null.dtype) for x, null in zip((content.image_features,), self.null_features, strict=True)
+        )
+        return LatentPosterior(mean, std), features
 
     def encoders_identity(self) -> dict[str, Any]:
         """What cached features depend on, so that those of other encoders are refused."""
-        kind = self.adapter.projector.feature_kind
-        return encoders_identity(self.base.vae.identity(), self.image_encoder.identity(), kind)
+        kinds = self.adapter.projector.feature_kinds
+        return encoders_identity(self.base.vae.identity(), self.image_encoder.identity(), "+".join(kinds))
 
     def record(self, losses: Tensor, timesteps: Tensor, dropped: Dropped) -> None:
         """Add a micro-batch to the running means: loss, loss by timestep quarter, realised drop rates."""
-        quarters = timesteps * 4 // self.objective.num_timesteps
+        quarters = (timesteps * 4 / self.objective.num_timesteps).long().clamp(max=3)
         self.metrics.update("train/loss", losses)
         for quarter in range(4):
             self.metrics.update(f"train/loss_t{quarter}", losses, where=quarters == quarter)
@@ -124,13 +138,14 @@ class AdapterTraining(lightning.LightningModule):
         metadata = {
             "base": {"name": base, "prediction_type": self.base.prediction_type},
             "image_encoder": self.image_encoder.identity(),
-            "feature_kind": self.adapter.projector.feature_kind,
+            "feature_kinds": self.adapter.projector.feature_kinds,
             "variant": self.adapter.projector.variant,
             "num_tokens": getattr(self.adapter.projector, "num_tokens", None),
             "step": self.global_step,
             "ema": self.ema is not None,
             "dropout": vars(self.dropout),
-            "objective": {k: v for k, v in vars(self.objective).items() if k != "alphas_cumprod"},
+            "objective": self.objective.options,
+            "timesteps": {"distribution": type(self.timesteps).__name__, **vars(self.timesteps)},
             "optimizer": getattr(self.make_optimizer, "keywords", {}),
             "lr_schedule": vars(self.lr_schedule),
             "seed": self.seed,

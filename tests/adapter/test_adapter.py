@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ipa_train.adapter import IPAdapter, LinearProjector, MLPProjector, Resampler
-from ipa_train.bases.sd import unet_attention_sites
+from ipa_train.bases.unet import unet_attention_sites
 
 SD15_UNET = {
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -38,7 +38,7 @@ def test_parameter_counts_are_the_released_ones(projector, parameters):
     with torch.device("meta"):
         sites = unet_attention_sites(UNet2DConditionModel(**SD15_UNET))
         adapter = IPAdapter(
-            projector=projector(feature_dim=VIT_H[projector.feature_kind], context_dim=768), sites=sites
+            projector=projector(feature_dim=VIT_H[projector.feature_kinds[0]], context_dim=768), sites=sites
         )
     assert sum(p.numel() for p in adapter.parameters()) == parameters
     assert [site.index for site in sites] == list(range(1, 32, 2))

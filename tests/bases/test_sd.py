@@ -39,7 +39,7 @@ def test_wrong_folders_are_refused(tiny_models, tmp_path):
     with pytest.raises(ConfigError, match="cannot load this base"):
         StableDiffusion.from_pretrained(str(tmp_path))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(ConfigError, match="this is a FluxPipeline, but"):
+    with pytest.raises(ConfigError, match="this is a FluxPipeline: choose base=flux"):
         StableDiffusion.from_pretrained(str(tmp_path))
     with pytest.raises(ConfigError, match=r"dtype='float23' is not a precision\. Did you mean 'float32'"):
         StableDiffusion.from_pretrained(str(tiny_models[0]), dtype="float23")

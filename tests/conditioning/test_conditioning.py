@@ -22,8 +22,10 @@ def test_drop_rates_over_100k_draws():
 def test_dropped_conditions_are_replaced():
     dropped = ConditionDropout(text_rate=0.0, image_rate=0.0, both_rate=1.0).draw(Draws(0, torch.arange(2)))
     assert dropped.captions(["a", "b"]) == ["", ""]
-    null = torch.full((1, 3), 7.0)
-    assert torch.equal(dropped.image_features(torch.zeros(2, 3), null), null.expand(2, 3))
+    null = torch.full((1, 3), 7.0), torch.full((1, 4, 5), 8.0)
+    pooled, states = dropped.image_features([torch.zeros(2, 3), torch.zeros(2, 4, 5)], null)
+    assert torch.equal(pooled, null[0].expand(2, 3))
+    assert torch.equal(states, null[1].expand(2, 4, 5))
 
 
 def test_rates_must_make_sense():

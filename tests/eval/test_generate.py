@@ -39,9 +39,9 @@ def exported(base, image_encoder, tmp_path):
 
 
 def draw(base, adapter, image_encoder, image_prompts, captions, **options):
-    kind = adapter.projector.feature_kind
+    kind = adapter.projector.feature_kinds[0]
     features, null_features = image_encoder.encode(image_prompts, kind), image_encoder.null_features(kind)
-    return generate(base, adapter, features, null_features, captions, **options)
+    return generate(base, adapter, [features], [null_features], captions, **options)
 
 
 def difference(a, b):

@@ -18,7 +18,7 @@ def make_adapter(base, image_encoder):
         b = for_base or base
         torch.manual_seed(0)
         projector = projector(
-            feature_dim=image_encoder.feature_dim(projector.feature_kind), context_dim=b.context_dim, **options
+            feature_dim=image_encoder.feature_dim(projector.feature_kinds[0]), context_dim=b.context_dim, **options
         )
         return randomise(IPAdapter(projector=projector, sites=b.attention_sites()), seed=5)
 

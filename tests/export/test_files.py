@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ipa_train.adapter import IPAdapter, LinearProjector
-from ipa_train.bases.sd import unet_attention_sites
+from ipa_train.bases.unet import unet_attention_sites
 from ipa_train.cli.main import main
 from ipa_train.errors import ExportError
 from ipa_train.export import describe, read_adapter_file, to_interchange, write_export

@@ -5,6 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from ipa_train.adapter import ImageTokens
 from ipa_train.bases import StableDiffusion
 from ipa_train.bases.tiny import tiny_pipeline
 from ipa_train.eval.generate import generate
@@ -44,19 +45,19 @@ def test_tokens_and_denoiser_equal_the_training_graph(
     write_export(tmp_path, adapter, base.attention_sites())
     pipe = load_in_diffusers(models, tmp_path, low_cpu_mem_usage=not strict)
 
-    kind = adapter.projector.feature_kind
+    kind = adapter.projector.feature_kinds[0]
     image = picture(1)
     pil = Image.fromarray(image[0].permute(1, 2, 0).numpy())
     (embeds,) = pipe.prepare_ip_adapter_image_embeds([pil], None, "cpu", 1, do_classifier_free_guidance=True)
     (tokens,) = pipe.unet.encoder_hid_proj([embeds])
     null_tokens, image_tokens = tokens[:, 0]
     own_tokens = adapter(image_encoder.encode(image, kind))
-    assert relative_error(own_tokens[0], image_tokens) < 1e-5
-    assert relative_error(adapter(image_encoder.null_features(kind))[0], null_tokens) < 1e-5
+    assert relative_error(own_tokens.states[0], image_tokens) < 1e-5
+    assert relative_error(adapter(image_encoder.null_features(kind)).states[0], null_tokens) < 1e-5
 
     noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     timesteps, text = torch.tensor([700, 700]), base.encode_text(["a", "a house"])
-    both = torch.cat([adapter(image_encoder.null_features(kind)), own_tokens])
+    both = ImageTokens.cat([adapter(image_encoder.null_features(kind)), own_tokens])
     adapter.attach(base.attention_sites())
     own = base.predict(noisy, timesteps, text, both)
     conditions = {"image_embeds": [embeds]}
@@ -75,9 +76,9 @@ def test_pictures_during_training_are_those_of_the_export(
     adapter.attach(base.attention_sites())
     image = picture(3)
     options = {"num_inference_steps": 3, "guidance_scale": 4.0}
-    kind = adapter.projector.feature_kind
+    kind = adapter.projector.feature_kinds[0]
     features, null_features = image_encoder.encode(image, kind), image_encoder.null_features(kind)
-    (own,) = generate(base, adapter, features, null_features, ["a cat"], size=(64, 64), seed=7, **options)
+    (own,) = generate(base, adapter, [features], [null_features], ["a cat"], size=(64, 64), seed=7, **options)
     theirs = load_in_diffusers(tiny_models, tmp_path)(
         "a cat",
         ip_adapter_image=Image.fromarray(image[0].permute(1, 2, 0).numpy()),

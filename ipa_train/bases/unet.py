@@ -1,0 +1,88 @@
+"""What all bases with a diffusers UNet share."""
+
+from typing import Any, cast
+
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from jaxtyping import Float, Num
+from torch import Tensor
+
+from ipa_train.adapter.attention import ImageAttention
+from ipa_train.adapter.sites import AttentionSite
+from ipa_train.adapter.tokens import ImageTokens
+from ipa_train.bases.base import Base, MicroConditioning, TextConditioning
+from ipa_train.bases.vae import FrozenVAE
+from ipa_train.diffusion.schedule import VariancePreserving
+
+
+def unet_attention_sites(unet: UNet2DConditionModel) -> list[AttentionSite]:
+    """The text cross-attentions of a UNet, in the order of interchange files.
+
+    That order is ``unet.attn_processors``: down blocks, up blocks, the middle block *last*; self-attentions take the
+    even numbers and cross-attentions the odd ones. It must be read before any adapter is loaded into the UNet.
+    """
+    sites = []
+    for index, name in enumerate(unet.attn_processors):
+        path = name.removesuffix(".processor")
+        if path.endswith("attn1"):
+            continue
+        module = unet.get_submodule(path)
+        hidden_dim, context_dim = module.to_k.weight.shape
+        sites.append(AttentionSite(path, index, hidden_dim, context_dim, module, ImageAttention))
+    return sites
+
+
+class UNetBase(Base):
+    """A frozen UNet under text cross-attention: epsilon or v-prediction over DDPM's noise schedule."""
+
+    def __init__(
+        self,
+        *,
+        unet: UNet2DConditionModel,
+        vae: FrozenVAE,
+        scheduler: DDIMScheduler,
+        path: str = "",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.unet, self.vae, self.scheduler, self.path = unet, vae, scheduler, path
+        if gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        self.prediction_type = scheduler.config.prediction_type
+        self.schedule = VariancePreserving(scheduler.alphas_cumprod)
+        self.context_dim = unet.config.cross_attention_dim
+        self.dtype = unet.dtype
+
+    def attention_sites(self) -> list[AttentionSite]:
+        """The text cross-attentions, in the order of interchange files."""
+        return unet_attention_sites(self.unet)
+
+    def predict(
+        self,
+        noisy_latents: Float[Tensor, "b c h w"],
+        timesteps: Num[Tensor, "b"],
+        text: TextConditioning,
+        image_tokens: ImageTokens | None,
+        micro: MicroConditioning | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """One UNet forward."""
+        # The UNet hands these arguments to every attention; this name is the one that self-attentions, which have no
+        # use for it, ignore without a warning at each call.
+        extra = None if image_tokens is None else {"ip_hidden_states": image_tokens.states.to(self.dtype)}
+        prediction = self.unet(
+            noisy_latents.to(self.dtype),
+            timesteps,
+            text.context.to(self.dtype),
+            added_cond_kwargs=self.added_conditions(text, micro),
+            cross_attention_kwargs=extra,
+        )
+        return cast(Tensor, prediction.sample.float())
+
+    def added_conditions(self, text: TextConditioning, micro: MicroConditioning | None) -> dict[str, Tensor] | None:
+        """What the family's UNet is told beside the text tokens; nothing, unless a family says otherwise."""
+        return None
+
+    def sampler(self, num_steps: int, latent_size: tuple[int, int]) -> Any:
+        """DDIM (arXiv 2010.02502), as in the paper."""
+        sampler = DDIMScheduler.from_config(self.scheduler.config)
+        sampler.set_timesteps(num_steps)
+        return sampler
