@@ -21,6 +21,7 @@ from ipa_train.errors import CheckpointError, ConfigError, ExportError
 from ipa_train.export.description import describe
 from ipa_train.export.file import NAME, read_adapter_file, write_state
 from ipa_train.export.loadability import loadability, require_loadable
+from ipa_train.export.warm_start import image_encoder_of
 from ipa_train.training.checkpoint import newest_valid, verify
 
 
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("source", type=Path, help="a run (its newest checkpoint), a checkpoint, or an adapter's file")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16")
+    parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16")
     parser.add_argument("--no-ema", action="store_true", help="the trained weights, not their average")
 
 
@@ -45,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
         raise ExportError(f"--out {args.out}: cannot write there: {error.strerror or error}.") from error
     for path in paths:
         sys.stdout.write(f"{path}  {path.stat().st_size / 1e6:.1f} MB\n")
-    for verdict in loadability(description):
-        sys.stdout.write(f"{verdict.loader}: {'loads' if verdict.ok else '; '.join(verdict.reasons)}\n")
+    for verdict in loadability(description, image_encoder_of(metadata)):
+        sys.stdout.write(f"{verdict.loader}: {verdict}\n")
     return 0
 
 

@@ -20,7 +20,7 @@ from ipa_train.runtime.files import atomic_write
 from ipa_train.version import __version__
 
 NAME = "ip_adapter"
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _log = logging.getLogger(__name__)
 
 

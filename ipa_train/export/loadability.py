@@ -1,17 +1,22 @@
 """Who can load an adapter of these sizes: known before a run begins, since no loader says so clearly afterwards.
 
-The rules are the loaders' own, read in their code and tried: diffusers 0.42 (loaders/unet.py), ComfyUI_IPAdapter_plus
-(IPAdapterPlus.py) and Tencent's ip_adapter.py. All three also want resamplers of depth 4 and head width 64, which ours
-always have.
+The rules are the loaders' own, read in their code and tried: diffusers 0.42 (loaders/unet.py, transformer_sd3.py,
+transformer_flux.py), ComfyUI_IPAdapter_plus (IPAdapterPlus.py), Tencent's ip_adapter.py and XLabs' x-flux. All also
+want resamplers of depth 4 and head width 64, which ours always have.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ipa_train.errors import ExportError
 from ipa_train.export.description import AdapterDescription
 
 _SDXL_CONTEXT_DIM = 2048
 _KOLORS_RESAMPLER_DIM = 2048
+_FACE_DIM = 512
+_FLUX_ROWS_OF_16_TOKENS = 65_536
+_FAMILY_NAMES = {"unet": "UNets", "sd3": "SD 3", "flux": "Flux"}
 
 
 @dataclass(frozen=True)
@@ -21,26 +26,44 @@ class Loadability:
     loader: str
     reasons: tuple[str, ...]
     """Why it will not load the file, or will load it wrongly; empty if it will."""
+    note: str = ""
+    """What a user of this loader has to know, where it does load."""
 
     @property
     def ok(self) -> bool:
         """Whether the loader takes the file."""
         return not self.reasons
 
+    def __str__(self) -> str:
+        return "; ".join(self.reasons) if self.reasons else f"loads{': ' if self.note else ''}{self.note}"
 
-def loadability(adapter: AdapterDescription) -> list[Loadability]:
-    """The verdicts of diffusers, ComfyUI_IPAdapter_plus and Tencent's classes, in this order."""
-    numbers = []
-    if list(adapter.site_dims) != list(range(1, 2 * len(adapter.site_dims), 2)):
-        numbers.append("it looks for sites numbered 1, 3, 5 and so on, without a gap")
-    tokens = []
-    if adapter.variant == "linear" and adapter.num_tokens != 4:
-        tokens.append(f"it knows linear adapters of 4 tokens only, not {adapter.num_tokens}")
+
+def loadability(adapter: AdapterDescription, image_encoder: Mapping[str, Any] | None = None) -> list[Loadability]:
+    """The verdict of each loader; ``image_encoder`` is its account of itself in an export's metadata, where known."""
+    foreign = _foreign_encoder(adapter, image_encoder or {})
+    computed = "image features are computed outside and given as ip_adapter_image_embeds" if foreign else ""
+    own_features = [f"it computes the features of CLIP itself, and this adapter reads {foreign}"] if foreign else []
+    if adapter.family == "flux":
+        own_layout = ["it wants its own names: write them with ipa export --layout xlabs"]
+        return [
+            Loadability("diffusers", tuple(_diffusers_flux(adapter)), computed),
+            _knows_only("ComfyUI_IPAdapter_plus", adapter),
+            _knows_only("Tencent ip_adapter", adapter),
+            Loadability("XLabs x-flux", (*own_features, *own_layout)),
+        ]
+    if adapter.family == "sd3":
+        return [
+            Loadability("diffusers", tuple(_numbers(adapter, step=1)), computed),
+            _knows_only("ComfyUI_IPAdapter_plus", adapter),
+            _knows_only("Tencent ip_adapter", adapter),
+        ]
+    numbers, tokens = _numbers(adapter, step=2), _tokens(adapter)
+    face_note = "it wants face embeddings as ip_adapter_image_embeds" if adapter.variant.startswith("faceid") else ""
     return [
-        Loadability("diffusers", (*tokens, *numbers)),
-        Loadability("ComfyUI_IPAdapter_plus", (*tokens, *_comfy(adapter), *numbers)),
+        Loadability("diffusers", (*tokens, *numbers), face_note or computed),
+        Loadability("ComfyUI_IPAdapter_plus", (*tokens, *_comfy(adapter), *own_features, *numbers)),
         # The number of tokens is an argument of Tencent's classes, so that any loads.
-        Loadability("Tencent ip_adapter", (*_resampler(adapter), *numbers)),
+        Loadability("Tencent ip_adapter", (*_tencent(adapter), *own_features, *numbers)),
     ]
 
 
@@ -55,8 +78,42 @@ def require_loadable(adapter: AdapterDescription, *, source: str) -> None:
         raise ExportError(f"{source}: diffusers would not load this adapter: {'; '.join(verdict.reasons)}.")
 
 
+def _knows_only(loader: str, adapter: AdapterDescription) -> Loadability:
+    return Loadability(loader, (f"it knows adapters of UNets only, not of {_FAMILY_NAMES[adapter.family]}",))
+
+
+def _foreign_encoder(adapter: AdapterDescription, image_encoder: Mapping[str, Any]) -> str:
+    """Name of an encoder that diffusers' loader cannot hold for this family; nothing if it can, or is unknown."""
+    if adapter.variant.startswith("faceid") or image_encoder.get("diffusers_loader", True):
+        return ""
+    return str(image_encoder.get("name", "another encoder"))
+
+
+def _numbers(adapter: AdapterDescription, *, step: int) -> list[str]:
+    count = len(adapter.site_dims)
+    if list(adapter.site_dims) == list(range(step - 1, step * count, step)):
+        return []
+    return [f"it looks for sites numbered {'1, 3, 5' if step == 2 else '0, 1, 2'} and so on, without a gap"]
+
+
+def _tokens(adapter: AdapterDescription) -> list[str]:
+    if adapter.variant in ("linear", "faceid_plus") and adapter.num_tokens != 4:
+        return [f"it knows {adapter.variant} adapters of 4 tokens only, not {adapter.num_tokens}"]
+    return []
+
+
+def _diffusers_flux(adapter: AdapterDescription) -> list[str]:
+    reasons = _numbers(adapter, step=1)
+    sixteen = (adapter.num_tokens or 0) * adapter.context_dim == _FLUX_ROWS_OF_16_TOKENS
+    if adapter.num_tokens != (16 if sixteen else 4):
+        reasons.append(f"it knows Flux adapters of 4 tokens, or 16 of width 4096, not {adapter.num_tokens}")
+    return reasons
+
+
 def _comfy(adapter: AdapterDescription) -> list[str]:
     sdxl = adapter.context_dim == _SDXL_CONTEXT_DIM
+    if adapter.variant.startswith("faceid"):
+        return _comfy_face(adapter)
     if adapter.variant == "full" and sdxl:
         return ["it knows no full adapters for SDXL"]
     reasons = []
@@ -65,6 +122,27 @@ def _comfy(adapter: AdapterDescription) -> list[str]:
     if sdxl and adapter.resampler_dim == _KOLORS_RESAMPLER_DIM:
         return [*reasons, f"it takes a resampler of width {_KOLORS_RESAMPLER_DIM} for Kolors, not SDXL"]
     return [*reasons, *_resampler(adapter)]
+
+
+def _comfy_face(adapter: AdapterDescription) -> list[str]:
+    reasons = _face_width(adapter)
+    expected = 4 if adapter.lora_rank else 16
+    if adapter.variant == "faceid" and adapter.num_tokens != expected:
+        having = "with" if adapter.lora_rank else "without"
+        reasons.append(f"it takes face adapters {having} LoRA to have {expected} tokens, not {adapter.num_tokens}")
+    if adapter.lora_rank:
+        reasons.append("it leaves out the LoRA, which it wants as a file of its own")
+    return reasons
+
+
+def _tencent(adapter: AdapterDescription) -> list[str]:
+    return _face_width(adapter) if adapter.variant.startswith("faceid") else _resampler(adapter)
+
+
+def _face_width(adapter: AdapterDescription) -> list[str]:
+    if adapter.feature_dim == _FACE_DIM:
+        return []
+    return [f"it knows face embeddings of width {_FACE_DIM} only, not {adapter.feature_dim}"]
 
 
 def _resampler(adapter: AdapterDescription) -> list[str]:

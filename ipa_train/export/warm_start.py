@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -39,12 +40,15 @@ def from_interchange(
     """
     found, wanted = describe(state, source=source), describe_adapter(adapter, sites)
     for what, advice in (
+        ("family", "choose a base of the family {}"),
         ("variant", "choose adapter={}"),
         ("feature_dim", "choose the image_encoder whose features have width {}"),
-        ("context_dim", "choose a base whose text has width {}"),
+        ("context_dim", "choose a base whose image tokens have width {}"),
         ("num_tokens", "set adapter.projector.num_tokens={}"),
         ("resampler_dim", "set adapter.projector.dim={}"),
         ("resampler_heads", "set adapter.projector.heads={}"),
+        ("hidden_dim", "choose the image_encoder whose hidden states have width {}"),
+        ("lora_rank", "set adapter.lora_rank={}"),
     ):
         here, there = getattr(wanted, what), getattr(found, what)
         if here != there:
@@ -55,7 +59,7 @@ def from_interchange(
 
 
 def check_sites(found: AdapterDescription, sites: Sequence[AttentionSite], *, source: str) -> None:
-    """Refuse a base whose cross-attentions are not those the adapter was made for.
+    """Refuse a base whose attentions are not those the adapter was made for.
 
     Raises:
         ExportError: names the first site that differs.
@@ -65,9 +69,18 @@ def check_sites(found: AdapterDescription, sites: Sequence[AttentionSite], *, so
         if here.get(n) != found.site_dims.get(n):
             widths = [f"has width {d}" if d else "is missing" for d in (found.site_dims.get(n), here.get(n))]
             raise ExportError(
-                f"{source}: ip_adapter.{n}.to_k_ip.weight {widths[0]}, and that cross-attention of this base "
+                f"{source}: ip_adapter.{n}.to_k_ip.weight {widths[0]}, and that attention of this base "
                 f"{widths[1]}: the adapter was made for another base; choose one of its family."
             )
+
+
+def image_encoder_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The account that an export's encoder gave of itself; nothing where the file does not say."""
+    try:
+        account = json.loads(metadata.get("image_encoder", "{}"))
+    except ValueError:
+        return {}
+    return account if isinstance(account, dict) else {}
 
 
 def check_image_encoder(metadata: Mapping[str, str], image_encoder: CLIPImageEncoder, *, source: str) -> None:

@@ -112,7 +112,7 @@ def test_a_base_with_other_attentions_is_refused(tiny_models, exported, tmp_path
     config = {**pipeline.unet.config, "block_out_channels": (16, 32, 32, 64)}
     pipeline.register_modules(unet=UNet2DConditionModel.from_config(config))
     pipeline.save_pretrained(tmp_path / "slim")
-    message = r"ip_adapter\.9\.to_k_ip\.weight has width 64, and that cross-attention of this base has width 32"
+    message = r"ip_adapter\.9\.to_k_ip\.weight has width 64, and that attention of this base has width 32"
     with pytest.raises(ExportError, match=message):
         load_pipeline(str(tmp_path / "slim"), exported(), str(tiny_models[1]), dtype="float32", device="cpu")
 

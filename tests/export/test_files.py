@@ -107,7 +107,7 @@ def test_a_warm_start_that_does_not_fit_says_what_would(base, image_encoder, mak
     refuses(make_adapter("linear"), r"ip_adapter\.7\.to_k_ip\.weight is missing, and .* base has width 32", missing)
     refuses(
         make_adapter("linear"),
-        r"ip_adapter\.33\.to_k_ip\.weight has width 64, and that cross-attention of this base is missing",
+        r"ip_adapter\.33\.to_k_ip\.weight has width 64, and that attention of this base is missing",
         state | {f"ip_adapter.33.to_{x}_ip.weight": torch.zeros(64, 64) for x in "kv"},
     )
     refuses(
@@ -170,5 +170,5 @@ def test_metadata_says_what_the_file_is(base, image_encoder, make_adapter, tmp_p
     assert json.loads(metadata["image_encoder"])["projection_dim"] == 24
     assert main(["import", str(path)]) == 0
     shown = capsys.readouterr().out
-    for text in ("linear", "width 24", "text width 64, 16 sites", "diffusers", "loads", "step"):
+    for text in ("linear", "width 24", "image tokens of width 64, 16 sites", "diffusers", "loads", "step"):
         assert text in shown
