@@ -1,6 +1,6 @@
 """CLIP vision models: ViT-L/14, and OpenCLIP's ViT-H/14 and bigG/14 of the released adapters."""
 
-from typing import Self, cast
+from typing import cast
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,13 +18,12 @@ class CLIPImageEncoder(VisionModelEncoder):
     """A frozen CLIP vision model, read as diffusers reads it at inference: layer -2, and CLIP's own normalisation."""
 
     pixel_mean, pixel_std, normalisation = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, "CLIP mean and std"
-    diffusers_loader = ("unet", "flux")
     model: CLIPVisionModelWithProjection
 
     @classmethod
     def from_pretrained(
         cls, path: str, *, subfolder: str = "", dtype: str = "bfloat16", revision: str | None = None
-    ) -> Self:
+    ) -> "CLIPImageEncoder":
         """Load from a local folder or hub id: a vision model with a projection, or a whole CLIP.
 
         Raises:
@@ -32,6 +31,11 @@ class CLIPImageEncoder(VisionModelEncoder):
         """
         loaded = load_vision_model(path, _CLASSES, subfolder=subfolder, revision=revision, dtype=dtype)
         return cls(loaded, image_size=loaded.model.config.image_size, layer=-2)
+
+    @property
+    def diffusers_loader(self) -> tuple[str, ...]:
+        """The loaders of UNets and of Flux make a CLIPVisionModelWithProjection."""
+        return "unet", "flux"
 
     def feature_dim(self, kind: FeatureKind) -> int:
         """Width of the projection (pooled) or of the hidden states."""

@@ -1,6 +1,6 @@
 """DINOv2 (with and without registers) and DINOv3 vision transformers; diffusers' loader holds none of them."""
 
-from typing import Self, cast
+from typing import cast
 
 from jaxtyping import Float
 from torch import Tensor
@@ -35,7 +35,7 @@ class DinoImageEncoder(VisionModelEncoder):
         revision: str | None = None,
         layer: int = -2,
         image_size: int = 224,
-    ) -> Self:
+    ) -> "DinoImageEncoder":
         """Load from a local folder or hub id; ``image_size`` is free, since positions are interpolated.
 
         Raises:

@@ -1,6 +1,6 @@
 """A face as two conditions at once, for FaceID-Plus: who it is (stored) and what it looks like (CLIP)."""
 
-from typing import Any, Self
+from typing import Any
 
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -34,7 +34,7 @@ class FaceImageEncoder(ImageEncoder):
         dim: int = 512,
         name: str = "arcface",
         normalize: bool = False,
-    ) -> Self:
+    ) -> "FaceImageEncoder":
         """Load the CLIP model from a local folder or hub id; the rest describes the stored embedding.
 
         Raises:

@@ -1,7 +1,7 @@
 """Image encoders behind one call: image prompts or stored embeddings -> image features, and those of "no image"."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from typing import Any
 
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -53,6 +53,6 @@ class ImageEncoder(nn.Module, ABC):
     def identity(self) -> dict[str, Any]:
         """What an export says of it, in plain values that JSON holds: see ``docs/encoders.md``."""
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "ImageEncoder":
         """Stay in eval mode: the encoder is frozen."""
         return super().train(False)

@@ -1,7 +1,7 @@
 """SigLIP and SigLIP 2 vision models."""
 
 from math import isqrt
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -34,7 +34,7 @@ class SiglipImageEncoder(VisionModelEncoder):
     @classmethod
     def from_pretrained(
         cls, path: str, *, subfolder: str = "", dtype: str = "bfloat16", revision: str | None = None, layer: int = -2
-    ) -> Self:
+    ) -> "SiglipImageEncoder":
         """Load from a local folder or hub id: a vision model, or a whole SigLIP.
 
         Raises:
@@ -44,7 +44,7 @@ class SiglipImageEncoder(VisionModelEncoder):
         return cls(loaded, image_size=_image_size(loaded.model.config), layer=layer)
 
     @property
-    def diffusers_loader(self) -> tuple[str, ...]:  # type: ignore[override]
+    def diffusers_loader(self) -> tuple[str, ...]:
         """SD 3's loader makes a SiglipVisionModel and reads layer -2, and neither of them differently."""
         return ("sd3",) if isinstance(self.model, SiglipVisionModel) and self.layer == -2 else ()
 

@@ -29,8 +29,6 @@ class VisionModelEncoder(ImageEncoder):
     pixel_std: ClassVar[Sequence[float]]
     normalisation: ClassVar[str]
     """``pixel_mean`` and ``pixel_std`` in words."""
-    diffusers_loader: ClassVar[tuple[str, ...]] = ()
-    """Families of bases (unet, flux, sd3) whose ``load_ip_adapter`` can hold this encoder."""
     image_size: int
     embedding_shape = None
     mean: Tensor
@@ -53,6 +51,11 @@ class VisionModelEncoder(ImageEncoder):
         self.eval()
         _ = self._weights_sha256  # of the weights as they are stored, before they are rounded
         self.model.to(loaded.precision)
+
+    @property
+    def diffusers_loader(self) -> tuple[str, ...]:
+        """Families of bases (unet, flux, sd3) whose ``load_ip_adapter`` can hold this encoder; for most, none."""
+        return ()
 
     @torch.no_grad()
     def encode(
