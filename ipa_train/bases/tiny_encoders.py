@@ -39,7 +39,8 @@ def tiny_dino(model_type: str = "dinov2") -> PreTrainedModel:
         return _randomised(Dinov2Model(Dinov2Config(**_SIZES, mlp_ratio=2, image_size=32)))
     if model_type == "dinov2_with_registers":
         return _randomised(Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**_SIZES, mlp_ratio=2, image_size=32)))
-    config = DINOv3ViTConfig(**_SIZES, intermediate_size=64, image_size=32, num_register_tokens=4)
+    sizes = _SIZES | {"num_attention_heads": 2}  # rotary positions want heads whose width is a multiple of 4
+    config = DINOv3ViTConfig(**sizes, intermediate_size=64, image_size=32, num_register_tokens=4)
     return _randomised(DINOv3ViTModel(config))
 
 

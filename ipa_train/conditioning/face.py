@@ -66,7 +66,11 @@ class FaceImageEncoder(ImageEncoder):
     def identity(self) -> dict[str, Any]:
         """CLIP's, with what is stored; no loader computes the stored half from a picture."""
         embedding = self.stored.identity()["embedding"]
-        return {**self.clip.identity(), "embedding": embedding, "diffusers_loader": []}
+        return self.clip.identity() | {
+            "encoder": type(self).__name__,
+            "embedding": embedding,
+            "diffusers_loader": [],
+        }
 
     def _part(self, kind: FeatureKind) -> ImageEncoder:
         return self.stored if kind == "pooled" else self.clip

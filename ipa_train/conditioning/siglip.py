@@ -75,7 +75,7 @@ def _patches(pixels: Float[Tensor, "b c h w"], size: int) -> dict[str, Tensor]:
     """The pictures as NaFlex models take them: flat patches, row by row, none of them padding."""
     (count, _, height, width), device = pixels.shape, pixels.device
     grid = (height // size, width // size)
-    patches = pixels.unflatten(3, (grid[1], size)).unflatten(2, (grid[0], size)).permute(0, 2, 4, 3, 5, 1)
+    patches = pixels.reshape(count, -1, grid[0], size, grid[1], size).permute(0, 2, 4, 3, 5, 1)
     return {
         "pixel_values": patches.flatten(3).flatten(1, 2),
         "pixel_attention_mask": torch.ones(count, grid[0] * grid[1], dtype=torch.int64, device=device),

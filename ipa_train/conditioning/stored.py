@@ -76,11 +76,10 @@ class StoredEmbeddings(ImageEncoder):
         embedding = {"name": self.name, "shape": list(self.embedding_shape), "normalize": self.normalize}
         return {
             "name": self.name,
-            "class": type(self).__name__,
+            "encoder": type(self).__name__,
+            "class": None,
             "image_size": None,
             "preprocessing": None,
-            "projection_dim": None,
-            "hidden_size": None,
             "layer": None,
             "embedding": embedding,
             "diffusers_loader": [],

@@ -97,10 +97,11 @@ class VisionModelEncoder(ImageEncoder):
 
     def identity(self) -> dict[str, Any]:
         """Where it came from, which layer of what it is, what it sees, and a hash of its weights."""
-        config = self.model.config
+        config: Any = self.model.config
         return {
             "name": Path(self.path).name if Path(self.path).is_dir() else self.path,
             "subfolder": self.subfolder,
+            "encoder": type(self).__name__,
             "class": type(self.model).__name__,
             "image_size": self.image_size,
             "preprocessing": f"shortest side bicubic, centre crop, {self.normalisation}",
