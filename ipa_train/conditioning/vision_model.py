@@ -119,10 +119,9 @@ class VisionModelEncoder(ImageEncoder):
 
 
 def resize_and_crop(pixels: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b c p q"]:
-    """The centre square of RGB 0..255 pictures, resized to ``size`` (bicubic, antialiased) and rounded to levels."""
-    height, width = pixels.shape[-2:]
-    edge = min(height, width)
-    top, left = (height - edge) // 2, (width - edge) // 2
-    square = pixels[..., top : top + edge, left : left + edge]
-    resized = F.interpolate(square, (size, size), mode="bicubic", antialias=True, align_corners=False)
-    return resized.round().clamp(0.0, 255.0)
+    """RGB 0..255 pictures with the shorter side at ``size`` (bicubic, antialiased), their centre, rounded to levels."""
+    shorter = min(pixels.shape[-2:])
+    height, width = (int(size * side / shorter) for side in pixels.shape[-2:])
+    resized = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    top, left = (height - size) // 2, (width - size) // 2
+    return resized[..., top : top + size, left : left + size].round().clamp(0.0, 255.0)

@@ -1,5 +1,7 @@
 """The lines to paste run as they are, and give plain diffusers the tokens of the training graph."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ from ipa_train.export import write_export
 from ipa_train.export.layouts import to_interchange
 from ipa_train.export.usage import paste_lines
 
+NOTES = Path(__file__).parents[2] / "docs" / "encoders.md"
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
@@ -113,3 +116,8 @@ def test_what_the_loader_holds_needs_no_lines_and_what_is_unknown_gets_none(enco
         ExportError, match=r"'DinoImageEncodr' is none of this version\. Did you mean 'DinoImageEncoder'"
     ):
         paste_lines(encoders["dino"].identity() | {"encoder": "DinoImageEncodr"}, "pooled")
+
+
+def test_the_lines_in_the_notes_are_these(encoders):
+    identity = encoders["dino"].identity() | {"name": "facebook/dinov2-large", "layer": -2, "image_size": 224}
+    assert f"```python\n{paste_lines(identity, 'pooled')}```" in NOTES.read_text()
