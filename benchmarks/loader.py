@@ -25,7 +25,7 @@ from benchmarks import order
 from benchmarks.reporting import Batches, cost, facts, finish, measure, measure_with_worker, parser, table
 from benchmarks.synthetic import draw_caption, draw_picture, jpeg, write_pictures
 from benchmarks.tutorial import RESOLUTION, resize_and_center_crop, tutorial_batches, webdataset_batches
-from ipa_train.conditioning.image_encoder import resize_and_crop
+from ipa_train.conditioning.vision_model import resize_and_crop
 from ipa_train.data.batch import Batch, Pictures
 from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.data.pictures import PictureLoader

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ipa_train.bases import StableDiffusion
 from ipa_train.bases.tiny import save_tiny_models
-from ipa_train.conditioning.image_encoder import CLIPImageEncoder
+from ipa_train.conditioning import CLIPImageEncoder
 
 torch.set_num_threads(1)
 # tqdm's own lock is shared with forked processes: one that a test kills while it holds it would block all later ones.

@@ -21,8 +21,12 @@ FeatureKind = Literal["pooled", "penultimate"]
 """``pooled``: one projected embedding per image. ``penultimate``: the hidden states before the encoder's last layer."""
 
 NullImage = Literal["zero_features", "zero_pixels", "black_image"]
-"""What stands for "no image": ``zero_features``, zeros in place of the features; ``zero_pixels``, an all-zero
-*normalised* picture (mean grey), encoded; ``black_image``, a black picture, normalised and encoded."""
+"""What stands for "no image"; every loader has its own at inference, and training must have that one.
+
+``zero_features``: zeros in place of the features (pooled features in UNets, any in SD 3). ``zero_pixels``: an all-zero
+*normalised* picture, mean grey, encoded (penultimate features in UNets). ``black_image``: a black RGB picture,
+normalised and encoded as any other (Flux; and ComfyUI for penultimate features).
+"""
 
 
 class Projector(nn.Module):

@@ -84,7 +84,9 @@ def _knows_only(loader: str, adapter: AdapterDescription) -> Loadability:
 
 def _foreign_encoder(adapter: AdapterDescription, image_encoder: Mapping[str, Any]) -> str:
     """Name of an encoder that diffusers' loader cannot hold for this family; nothing if it can, or is unknown."""
-    if adapter.variant.startswith("faceid") or image_encoder.get("diffusers_loader", True):
+    if adapter.variant.startswith("faceid") or adapter.family in image_encoder.get(
+        "diffusers_loader", [adapter.family]
+    ):
         return ""
     return str(image_encoder.get("name", "another encoder"))
 

@@ -9,16 +9,19 @@ from typing import Any
 from torch import Tensor
 
 from ipa_train.adapter import AttentionSite, IPAdapter
-from ipa_train.conditioning import CLIPImageEncoder
+from ipa_train.conditioning import ImageEncoder
 from ipa_train.errors import ExportError
 from ipa_train.export.description import AdapterDescription, describe, describe_adapter
 from ipa_train.export.file import read_adapter_file
 from ipa_train.export.layouts import interchange_names
 
 _log = logging.getLogger(__name__)
+# Of an encoder's identity, what its features depend on. Names of folders do not count; that of what is stored does,
+# being all that is known of it, and is part of "embedding".
+_COMPARED = ("weights_sha256", "class", "layer", "image_size", "preprocessing", "embedding")
 
 
-def init_from(adapter: IPAdapter, sites: Sequence[AttentionSite], path: Path, image_encoder: CLIPImageEncoder) -> None:
+def init_from(adapter: IPAdapter, sites: Sequence[AttentionSite], path: Path, image_encoder: ImageEncoder) -> None:
     """Load the adapter file at ``path`` into ``adapter``.
 
     Raises:
@@ -83,23 +86,32 @@ def image_encoder_of(metadata: Mapping[str, str]) -> dict[str, Any]:
     return account if isinstance(account, dict) else {}
 
 
-def check_image_encoder(metadata: Mapping[str, str], image_encoder: CLIPImageEncoder, *, source: str) -> None:
-    """Refuse an encoder whose weights are not those the file says it was trained with; files may say nothing.
+def check_image_encoder(metadata: Mapping[str, str], image_encoder: ImageEncoder, *, source: str) -> None:
+    """Refuse an encoder that is not the one the file says it was trained with, or is read otherwise.
+
+    Files may say nothing, and old ones say less: only what they do say is compared.
 
     Raises:
-        ExportError: names both encoders.
+        ExportError: names both encoders, and what differs.
     """
     if "image_encoder" not in metadata:
         return
     try:
         trained_with = json.loads(metadata["image_encoder"])
-        name, weights = str(trained_with["name"]), str(trained_with["weights_sha256"])
+        name, _ = str(trained_with["name"]), trained_with["weights_sha256"]
     except (ValueError, KeyError, TypeError):
         _log.warning("%s: its metadata does not say in our way which image encoder it was trained with", source)
         return
     here = image_encoder.identity()
-    if weights != here["weights_sha256"]:
+    differ = [key for key in _COMPARED if key in trained_with and trained_with[key] != here[key]]
+    if differ:
+        there, ours = (", ".join(_said(encoder, key) for key in differ) for encoder in (trained_with, here))
         raise ExportError(
-            f"{source}: trained with the image encoder {name!r} (weights {weights[:12]}), not with {here['name']!r} "
-            f"({here['weights_sha256'][:12]}): features of another encoder mean nothing to it."
+            f"{source}: trained with the image encoder {name!r} ({there}), not with {here['name']!r} ({ours}): "
+            "features of another encoder mean nothing to it."
         )
+
+
+def _said(encoder: Mapping[str, Any], key: str) -> str:
+    value = encoder[key]
+    return f"{key.removesuffix('_sha256')} {value[:12] if key == 'weights_sha256' and value else value}"

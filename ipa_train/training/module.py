@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ipa_train.adapter.adapter import IPAdapter
 from ipa_train.adapter.projector import Projector
 from ipa_train.bases import Base, LatentPosterior, MicroConditioning
+from ipa_train.conditioning import CLIPImageEncoder
 from ipa_train.conditioning.dropout import ConditionDropout, Dropped
-from ipa_train.conditioning.image_encoder import CLIPImageEncoder
 from ipa_train.data.batch import Batch, Pictures
 from ipa_train.data.cache import encoders_identity
 from ipa_train.diffusion.objective import Objective

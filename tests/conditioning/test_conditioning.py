@@ -6,8 +6,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
+from ipa_train.conditioning import CLIPImageEncoder
 from ipa_train.conditioning.dropout import ConditionDropout
-from ipa_train.conditioning.image_encoder import CLIPImageEncoder
 from ipa_train.errors import ConfigError
 from ipa_train.runtime.seeding import Draws
 

@@ -1,0 +1,87 @@
+"""Lines that use an adapter whose image encoder ``load_ip_adapter`` cannot hold: its features are computed here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ipa_train.adapter.projector import FeatureKind
+from ipa_train.errors import ExportError, did_you_mean
+
+# Of each encoder, the entries of its identity that are arguments too.
+_OPTIONS = {
+    "CLIPImageEncoder": (),
+    "SiglipImageEncoder": ("layer",),
+    "DinoImageEncoder": ("layer", "image_size"),
+    "FaceImageEncoder": (),
+    "StoredEmbeddings": (),
+}
+_PICTURE = """\
+picture = torch.from_numpy(numpy.array(Image.open("image_prompt.png").convert("RGB"))).permute(2, 0, 1)[None]
+"""
+_EMBEDDING = """\
+embeddings = torch.from_numpy(numpy.load("embedding.npy"))[None]
+"""
+_FEATURES = """\
+features = encoder.encode({picture}, "{kind}", embeddings={embeddings})
+# "No image" comes first; with guidance_scale <= 1 give both[1:] alone.
+both = torch.cat([encoder.null_features("{kind}"), features])[:, None]
+"""
+_LOAD = """\
+pipe.load_ip_adapter(".", subfolder="", weight_name="ip_adapter.safetensors", image_encoder_folder=None)
+"""
+_LOOKS = """\
+looks = torch.cat([encoder.null_features("penultimate"), encoder.encode(picture, "penultimate")])[:, None]
+pipe.unet.encoder_hid_proj.image_projection_layers[0].clip_embeds = looks.to(pipe.device, pipe.dtype)
+"""
+_DRAW = """\
+image = pipe("a caption", ip_adapter_image_embeds=[both.to(pipe.device, pipe.dtype)]).images[0]
+"""
+
+
+def paste_lines(identity: Mapping[str, Any], kind: FeatureKind) -> str:
+    """Python that draws with a diffusers pipeline ``pipe`` of a UNet base; "" if its loader holds the encoder itself.
+
+    ``identity`` is that of the encoder (``ImageEncoder.identity()``), ``kind`` that of the features which the adapter
+    reads; a FaceID-Plus adapter reads both, whatever is said. Run where ``ip_adapter.safetensors`` lies, and
+    ``image_prompt.png`` or ``embedding.npy``; an encoder that was loaded from a folder is named by that folder's name.
+
+    Raises:
+        ExportError: the identity is not of an encoder that this version has.
+    """
+    if "unet" in identity["diffusers_loader"]:
+        return ""
+    encoder, embedding = str(identity.get("encoder")), identity.get("embedding")
+    if encoder not in _OPTIONS:
+        raise ExportError(f"the image encoder {encoder!r} is none of this version.{did_you_mean(encoder, _OPTIONS)}")
+    face = encoder == "FaceImageEncoder"
+    looks_at_pictures, reads_stored = identity["image_size"] is not None, embedding is not None
+    lines = ["import numpy\nimport torch\n"]
+    lines += ["from PIL import Image\n"] if looks_at_pictures else []
+    lines += [f"\nfrom ipa_train.conditioning import {encoder}\n\n", f"encoder = {_constructor(identity, encoder)}\n"]
+    lines += [_PICTURE] if looks_at_pictures else []
+    lines += [_EMBEDDING] if reads_stored else []
+    lines += [
+        _FEATURES.format(
+            kind="pooled" if face else kind,
+            picture="picture" if looks_at_pictures else "None",
+            embeddings="embeddings" if reads_stored else "None",
+        ),
+        _LOAD,
+    ]
+    lines += [_LOOKS] if face else []
+    return "".join([*lines, _DRAW])
+
+
+def _constructor(identity: Mapping[str, Any], encoder: str) -> str:
+    options = {name: identity[name] for name in _OPTIONS[encoder]}
+    if (embedding := identity.get("embedding")) is not None:
+        *tokens, dim = embedding["shape"]
+        options |= {"dim": dim, "name": embedding["name"], "normalize": embedding["normalize"]}
+        options |= {"num_tokens": tokens[0]} if tokens else {}
+    if encoder == "StoredEmbeddings":
+        return f"{encoder}({_arguments(options)})"
+    options |= {"subfolder": identity["subfolder"]} if identity["subfolder"] else {}
+    return f"{encoder}.from_pretrained({identity['name']!r}, {_arguments(options | {'dtype': 'float32'})})"
+
+
+def _arguments(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
