@@ -59,9 +59,9 @@ def run(args: argparse.Namespace) -> int:
         encoders=encoders_identity(vae.identity(), image_encoder.identity(), kind),
     )
 
-    def encode(pictures: Pictures) -> tuple[LatentPosterior, Tensor]:
+    def encode(pictures: Pictures) -> tuple[LatentPosterior, tuple[Tensor, ...]]:
         prompts = pictures.image_prompts.to(device, non_blocking=True)
-        return vae.encode(pictures.pixels.to(device, non_blocking=True)), image_encoder.encode(prompts, kind)
+        return vae.encode(pictures.pixels.to(device, non_blocking=True)), (image_encoder.encode(prompts, kind),)
 
     writer = CacheWriter(
         data,

@@ -90,7 +90,7 @@ class AdapterTraining(lightning.LightningModule):
             return self.base.vae.encode(content.pixels), self.image_encoder.encode(content.image_prompts, kind)
         mean = content.latents_mean.float()
         std = torch.zeros_like(mean) if content.latents_std is None else content.latents_std.float()
-        return LatentPosterior(mean, std), content.image_features.to(self.null_features.dtype)
+        return LatentPosterior(mean, std), content.image_features[0].to(self.null_features.dtype)
 
     def encoders_identity(self) -> dict[str, Any]:
         """What cached features depend on, so that those of other encoders are refused."""
