@@ -171,12 +171,7 @@ class StreamingDataModule(lightning.LightningDataModule):
             ConfigError: options that cannot be with these shards.
             DataError: an unfinished cache, or sources without samples.
         """
-        options: dict[str, Any] = {
-            "weights": self.weights,
-            "seed": self.seed,
-            "num_lanes": self.num_lanes,
-            "window_size": self.window_size,
-        }
+        options = {name: getattr(self, name) for name in ("weights", "seed", "num_lanes", "window_size")}
         if self.index.content == "features":
             return self._feature_stream(options)
         buckets, counts, is_exact = choose_buckets(

@@ -21,7 +21,7 @@ def read_embedding(data: bytes, shape: tuple[int, ...]) -> Float32[ndarray, "*s 
     stream = io.BytesIO(data)
     try:
         found, _, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # a damaged header makes NumPy raise nearly anything, errors of its tokenizer among them
         raise DataError("its embedding is no array of numpy.save") from error
     if dtype.name not in _DTYPES:
         raise DataError(f"its embedding is of {dtype.name}, not {' or '.join(_DTYPES)}")

@@ -55,6 +55,11 @@ class ImagePrompts:
             len(self.embedding_shape) in (1, 2) and min(self.embedding_shape) >= 1
         ):
             raise ConfigError(f"data.embedding_shape must be (f,) or (s, f), got {self.embedding_shape}.")
+        if self.size is None and not self.are_pictures:
+            raise ConfigError(
+                "data.image_prompt, data.reference_mask and data.reference_augment have no effect here, since the image "
+                "encoder of this run sees no pictures: leave them as they are by default."
+            )
 
     @property
     def extras(self) -> tuple[Extra, ...]:
