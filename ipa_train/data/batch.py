@@ -39,8 +39,8 @@ class Features:
     latents_mean: Float16[Tensor, "b c h w"]
     latents_std: Float16[Tensor, "b c h w"] | None
     """None where the cache holds the means alone; they are then taken as the latents."""
-    image_features: tuple[Float16[Tensor, "b *s f"], ...]
-    """One for each kind that the adapter is given."""
+    image_features: tuple[Float16[Tensor, "b ..."], ...]
+    """(b, f) or (b, s, f), one for each kind that the adapter is given."""
 
 
 @dataclass(frozen=True, kw_only=True)

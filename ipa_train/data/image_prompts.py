@@ -57,8 +57,8 @@ class ImagePrompts:
             raise ConfigError(f"data.embedding_shape must be (f,) or (s, f), got {self.embedding_shape}.")
         if self.size is None and not self.are_pictures:
             raise ConfigError(
-                "data.image_prompt, data.reference_mask and data.reference_augment have no effect here, since the image "
-                "encoder of this run sees no pictures: leave them as they are by default."
+                "data.image_prompt, data.reference_mask and data.reference_augment have no effect here: the image "
+                "encoder of this run sees no pictures; leave them as they are by default."
             )
 
     @property

@@ -262,7 +262,7 @@ class Owned:
         (npy(np.zeros(4)), "is of float64, not float16 or float32"),
         (npy(np.array([1, 2, np.nan, 4], np.float16)), "is not finite"),
         (npy(np.array([1, 2, np.inf, 4], np.float32)), "is not finite"),
-        (npy(np.zeros(4, np.float32))[:-1], "is truncated"),
+        (npy(np.zeros(4, np.float32))[:-1], "is not as long as that: truncated"),
         (npy(np.zeros(4, np.float32))[:50], "is no array of numpy.save"),
         (npy(np.array([Owned()] * 4, object)), "is of object"),
         (pickle.dumps(Owned()), "is no array of numpy.save"),
