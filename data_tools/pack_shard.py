@@ -12,10 +12,9 @@ import pyarrow.parquet as pq
 from data_tools.pack_list import Entry, read_list
 from data_tools.shard_writer import open_shard
 from ipa_train.data.decode import decode
-from ipa_train.data.embedding import read_embedding
-from ipa_train.data.image_prompts import decode_mask
+from ipa_train.data.image_prompts import check_extras
 from ipa_train.data.index import MAX_MEMBER_BYTES
-from ipa_train.data.scan import EXTRAS, IMAGE_SUFFIXES, TEXT_SUFFIX
+from ipa_train.data.scan import EXTRAS, IMAGE_SUFFIXES, TEXT_SUFFIX, Extra
 from ipa_train.errors import DataError
 from ipa_train.runtime.files import atomic_write
 
@@ -85,29 +84,31 @@ def _read_sample(entry: Entry, max_pixels: int) -> tuple[dict[str, bytes], dict[
         raise _LeftOutError("captions not in UTF-8") from error
     if not text:
         raise _LeftOutError("without a caption")
-    size = _decode(data, "pictures", max_pixels)
+    try:
+        height, width, _ = decode(data, max_pixels=max_pixels).shape
+    except DataError as error:
+        raise _LeftOutError("damaged pictures", str(error)) from error
     source = entry.image.decode(errors="replace")
-    members = {suffix: data} | _read_extras(entry, size, max_pixels)
-    return members, {"source": source, "caption": text, "width": size[1], "height": size[0]}
+    members = {suffix: data} | _read_extras(entry, (height, width), max_pixels)
+    return members, {"source": source, "caption": text, "width": width, "height": height}
 
 
 def _read_extras(entry: Entry, size: tuple[int, int], max_pixels: int) -> dict[str, bytes]:
-    """By suffix; ``size`` is the (height, width) of the picture, which a mask is for if there is no reference."""
-    members = {}
+    """By suffix; ``size`` is the (height, width) of the picture."""
+    extras: dict[Extra, bytes] = {}
+    suffixes = dict(EXTRAS)
     if entry.reference:
-        suffix, data = _read_picture(entry.path(entry.reference), "references")
-        size = _decode(data, "references", max_pixels)
-        members[f"ref.{suffix}"] = data
+        suffix, extras["reference"] = _read_picture(entry.path(entry.reference), "references")
+        suffixes["reference"] = f"ref.{suffix}"
+    if entry.mask:
+        extras["mask"] = _read(entry.path(entry.mask), "missing or unreadable masks")
+    if entry.embedding:
+        extras["embedding"] = _read(entry.path(entry.embedding), "missing or unreadable embeddings")
     try:
-        if entry.mask:
-            members[EXTRAS["mask"]] = _read(entry.path(entry.mask), "missing or unreadable masks")
-            decode_mask(members[EXTRAS["mask"]], size, max_pixels)
-        if entry.embedding:
-            members[EXTRAS["embedding"]] = _read(entry.path(entry.embedding), "missing or unreadable embeddings")
-            read_embedding(members[EXTRAS["embedding"]], None)
+        check_extras(extras, size, max_pixels)
     except DataError as error:
-        raise _LeftOutError("masks or embeddings that training would refuse", str(error)) from error
-    return members
+        raise _LeftOutError("references, masks or embeddings that training would refuse", str(error)) from error
+    return {suffixes[extra]: data for extra, data in extras.items()}
 
 
 def _read_picture(path: Path, kind: str) -> tuple[str, bytes]:
@@ -119,15 +120,6 @@ def _read_picture(path: Path, kind: str) -> tuple[str, bytes]:
     if len(data) > MAX_MEMBER_BYTES:
         raise _LeftOutError(f"{kind} too large for training", f"above {MAX_MEMBER_BYTES} bytes")
     return suffix, data
-
-
-def _decode(data: bytes, kind: str, max_pixels: int) -> tuple[int, int]:
-    """Height and width."""
-    try:
-        height, width, _ = decode(data, max_pixels=max_pixels).shape
-    except DataError as error:
-        raise _LeftOutError(f"damaged {kind}", str(error)) from error
-    return height, width
 
 
 def _read(path: Path, kind: str) -> bytes:

@@ -15,6 +15,7 @@ from numpy import ndarray
 
 from ipa_train.data.augmentation import Change, ReferenceAugmentation
 from ipa_train.data.decode import MAX_PIXELS, decode, fill_image_prompt
+from ipa_train.data.embedding import read_embedding
 from ipa_train.data.scan import Extra
 from ipa_train.errors import ConfigError, DataError, did_you_mean
 
@@ -129,6 +130,21 @@ class ImagePrompts:
             out[:] = np.rint(grey + (out - grey) * (share / np.float32(255)))
         if change is not None:
             out[:] = change.rotate(out, GREY)
+
+
+def check_extras(extras: Mapping[Extra, bytes], size: tuple[int, int], max_pixels: int) -> None:
+    """Decode all that a sample holds beside its picture, which has this (height, width).
+
+    Raises:
+        DataError: training would refuse some of it, whatever the options.
+    """
+    if "reference" in extras:
+        height, width, _ = _decode(extras["reference"], "reference", max_pixels).shape
+        size = height, width
+    if "mask" in extras:
+        decode_mask(extras["mask"], size, max_pixels)
+    if "embedding" in extras:
+        read_embedding(extras["embedding"], None)
 
 
 def decode_mask(data: bytes, size: tuple[int, int], max_pixels: int) -> UInt8[ndarray, "h w 1"]:

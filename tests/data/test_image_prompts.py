@@ -18,6 +18,7 @@ from ipa_train.data.sequential import SequentialDataModule
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.seeding import Draws
 from tests.data.conftest import encode, picture, write_shard
+from tests.data.http_server import http_server
 
 COUNTS = (7, 5, 9)
 AUGMENT = ReferenceAugmentation(flip_rate=0.5, max_rotation_degrees=20.0, min_crop_rate=0.5, colour_jitter=0.3)
@@ -323,6 +324,16 @@ def test_streams_without_an_index_are_as_strict(spoilt):
     assert all(found[key].startswith(message) for key, message in PROBLEMS.items())
     indexed = {key: rest for key, *rest in contents(datamodule(spoilt, **NEEDED), 8)[0].values()}
     assert {key: rest for key, *rest in seen.values()} == indexed
+
+
+def test_remote_shards_give_the_same(paired, tmp_path):
+    local, _ = contents(datamodule(paired, **NEEDED))
+    with http_server(paired) as server:
+        places = {"index_dir": str(tmp_path / "index"), "cache_dir": str(tmp_path / "cache")}
+        for _ in range(2):
+            remote, bad = contents(datamodule(f"{server.url}/{{00000..00002}}.tar", **places, **NEEDED))
+            assert not bad
+            assert remote == local
 
 
 def test_shards_without_what_is_needed_are_refused_by_name(shards):
