@@ -33,7 +33,7 @@ def ours(cache: Path, batch_size: int, *, workers: int = 0) -> Batches:
         assert isinstance(batch.content, Features)
         yield {
             "latents_mean": batch.content.latents_mean,
-            "image_features": batch.content.image_features,
+            "image_features": batch.content.image_features[0],
             "crop_top_left": batch.crop_top_lefts,
             "original_size": batch.original_sizes,
             "captions": batch.captions,

@@ -28,6 +28,7 @@ from benchmarks.tutorial import RESOLUTION, resize_and_center_crop, tutorial_bat
 from ipa_train.conditioning.vision_model import resize_and_crop
 from ipa_train.data.batch import Batch, Pictures
 from ipa_train.data.datamodule import StreamingDataModule
+from ipa_train.data.image_prompts import ImagePrompts
 from ipa_train.data.pictures import PictureLoader
 
 SIZES = ((560, 768), (768, 560), (656, 656), (480, 896), (610, 705))
@@ -60,7 +61,7 @@ def open_ours(folder: Path, batch_size: int, *, with_prompts: bool = False, work
     data = StreamingDataModule(shards=str(folder), global_batch_size=batch_size, resolution=RESOLUTION)
     if with_prompts:
         assert isinstance(data.stream.loader, PictureLoader)
-        data.stream.loader.image_prompt_size = PROMPT
+        data.stream.loader.image_prompts = ImagePrompts(size=PROMPT)
     for loaded in data.loader(workers=workers):
         yield loaded.batch
 

@@ -13,6 +13,7 @@ from numpy import ndarray
 
 from ipa_train.data.buckets import BucketSchedule
 from ipa_train.data.decode import Decoder
+from ipa_train.data.image_prompts import ImagePrompts
 from ipa_train.data.index import Index, build_index
 from ipa_train.data.index_file import write_entries
 from ipa_train.data.pictures import PictureLoader
@@ -47,7 +48,7 @@ def mixed(counts: ndarray) -> Stream:
 
 def _stream(counts: ndarray, *, num_sources: int) -> Stream:
     buckets = [(512, 512)] * len(counts)
-    loader = PictureLoader(ShardReader(Index(())), buckets, decoder=Decoder(), image_prompt_size=None)
+    loader = PictureLoader(ShardReader(Index(())), buckets, decoder=Decoder(), image_prompts=ImagePrompts(size=None))
     parts = np.array_split(np.arange(counts.shape[1]), num_sources)
     sources = {f"source{number}": part for number, part in enumerate(parts)}
     weights = {name: 1.0 + number for number, name in enumerate(sources)} if num_sources > 1 else None

@@ -44,7 +44,7 @@ def draw_samples(index: Index, num_samples: int, *, seed: int) -> list[DrawnSamp
 def _draw(reader: ShardReader, shard: int, row: int) -> DrawnSample:
     name = f"{reader.index.shards[shard].name}/{reader.key(shard, row)}"
     try:
-        data, caption, _ = reader.read(shard, row)
+        data, caption, *_ = reader.read(shard, row)
         image = decode_image(data, max_pixels=MAX_PIXELS)
     except DataError as error:
         return DrawnSample(name, str(error), (0, 0), "")

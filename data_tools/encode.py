@@ -21,15 +21,15 @@ from tqdm import tqdm
 from data_tools.shard_writer import open_shard
 from ipa_train.bases import LatentPosterior
 from ipa_train.data.batch import Batch, Pictures
-from ipa_train.data.cache import DESCRIPTION, CacheDescription, shard_name
+from ipa_train.data.cache import DESCRIPTION, CacheDescription, features_column, shard_name
 from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.data.pictures import PictureBatch, PictureLoader
 from ipa_train.data.scan import FEATURES_SUFFIX, FLIPPED_SUFFIX, TEXT_SUFFIX
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.files import atomic_write
 
-Encode = Callable[[Pictures], tuple[LatentPosterior, Tensor]]
-"""From pictures to the posterior of their latents and their image features, as training makes them."""
+Encode = Callable[[Pictures], tuple[LatentPosterior, tuple[Tensor, ...]]]
+"""From pictures to the posterior of their latents and their image features of each kind, as training makes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,7 @@ class CacheWriter:
             raise ConfigError(f"data.shards: {data.index.shards[0].path.parent} holds features already.")
         if data.crop != "center":
             raise ConfigError(f"data.crop={data.crop!r}: features are of centre crops; set data.crop=center.")
+        data.image_prompts.require_fixed()
         self.shards, self.encode, self.out = data.index.shards, encode, out
         assert isinstance(data.stream.loader, PictureLoader)
         self.loader = data.stream.loader
@@ -91,6 +92,7 @@ class CacheWriter:
             latents_std=latents_std,
             source=data.index.index_id,
             groups=self.groups,
+            **data.image_prompts.description,
         )
 
     def done(self, shard: int) -> EncodedShard | None:
@@ -197,7 +199,8 @@ class CacheWriter:
             return {}
         assert isinstance(batch.content, Pictures)
         posterior, image_features = self.encode(batch.content)
-        stored = {"latents_mean": posterior.mean, "image_features": image_features}
+        stored = {"latents_mean": posterior.mean}
+        stored |= {features_column(number): features for number, features in enumerate(image_features)}
         if self.latents_std:
             stored["latents_std"] = posterior.std
         features = {name: values.to("cpu", torch.float16).contiguous() for name, values in stored.items()}

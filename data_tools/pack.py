@@ -7,6 +7,8 @@ ipa data pack table.parquet --image-column path --caption-column prompt --out sh
 Keys are positions in the list of sources, the same at every run. Every picture is decoded first: what is damaged,
 missing or without a caption is left out and named in the report, as is what comes twice. A re-run writes only the
 shards that are missing; it notices a changed list of files, captions in tables and columns, but not changed files.
+Beside a.jpg, a.ref.jpg is packed as its image prompt, a.mask.png as the mask of that (without one, of a.jpg), and a.npy
+as its embedding; of tables --reference-column, --mask-column and --embedding-column name them.
 A table's other columns go into the sample's .json and the shard's .parquet; those of a CSV stay text.
 """
 
@@ -27,7 +29,7 @@ from data_tools.pack_sources import MALFORMED_ROWS, find_entries
 from data_tools.shard_writer import read_stats, stats_path
 from data_tools.work import Report, add_max_bad_rate, add_work_arguments, claim_folder, make_output_folder, run_tasks
 from ipa_train.data.decode import MAX_PIXELS
-from ipa_train.data.scan import IMAGE_SUFFIXES
+from ipa_train.data.scan import EXTRAS, IMAGE_SUFFIXES
 from ipa_train.errors import ConfigError, DataError
 
 _DESCRIPTION, _LIST = "pack.json", ".tmp-pack-list"
@@ -40,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-root", type=Path, help="what a table's file names are below; default: its folder")
     parser.add_argument("--image-column", default="image_file", help="of a table or JSON list (%(default)s)")
     parser.add_argument("--caption-column", default="text", help="of a table or JSON list (%(default)s)")
+    for extra in EXTRAS:
+        parser.add_argument(f"--{extra}-column", help=f"of a table or JSON list: file of the sample's {extra}")
     parser.add_argument("--caption-suffix", default=".txt", help="of captions beside pictures (%(default)s)")
     parser.add_argument("--shard-size", type=int, default=10_000, help="samples per shard (%(default)s)")
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="larger pictures are left out (%(default)s)")
@@ -56,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
     make_output_folder(args.out)
     ignored: Counter[str] = Counter()
     options = ("image_root", "image_column", "caption_column", "caption_suffix")
-    find = partial(find_entries, ignored=ignored, **{name: getattr(args, name) for name in options})
+    extras = {extra: name for extra in EXTRAS if (name := getattr(args, f"{extra}_column"))}
+    find = partial(
+        find_entries, ignored=ignored, extra_columns=extras, **{name: getattr(args, name) for name in options}
+    )
     path = args.out / f"{_LIST}-{os.getpid()}-{secrets.token_hex(4)}"  # its own: it may be refused
     listed = write_list(path, chain.from_iterable(map(find, args.sources)), shard_size=args.shard_size)
     try:

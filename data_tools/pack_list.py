@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64
 from numpy import ndarray
 
+from ipa_train.data.scan import EXTRAS
 from ipa_train.runtime.files import atomic_write
 
 
@@ -33,9 +34,13 @@ class Entry(NamedTuple):
     """Path below ``root`` of the file that holds the caption instead."""
     columns: str
     """Whatever else the source says of the sample, as a JSON object."""
+    reference: bytes | None = None
+    """Path below ``root``, as of the next two."""
+    mask: bytes | None = None
+    embedding: bytes | None = None
 
     def path(self, name: bytes) -> Path:
-        """Of the picture or caption file ``name``."""
+        """Of the file ``name``."""
         return Path(os.fsdecode(self.root)) / os.fsdecode(name)
 
 
@@ -50,7 +55,7 @@ class PackList(NamedTuple):
     sha256: str
     """Of names, captions and columns; not of what the files hold, nor of where the sources lie."""
     repeated: Int64[ndarray, "r"]
-    """Positions of entries whose picture and caption came before, in order."""
+    """Positions of entries whose picture, caption, and what else the image prompt is made of came before, in order."""
 
 
 def write_list(path: Path, entries: Iterable[Entry], *, shard_size: int) -> PackList:
@@ -60,7 +65,7 @@ def write_list(path: Path, entries: Iterable[Entry], *, shard_size: int) -> Pack
         while rows := list(islice(remaining, shard_size)):
             for entry in rows:
                 identity.update(repr(entry[1:]).encode())
-                same = entry.root + b"/" + (entry.image or b""), entry.caption
+                same = entry.root + b"/" + (entry.image or b""), entry.caption, *(getattr(entry, e) for e in EXTRAS)
                 keys.frombytes(hashlib.blake2b(repr(same).encode(), digest_size=8).digest())
             columns = zip(_SCHEMA, zip(*rows, strict=True), strict=True)
             table = pa.Table.from_arrays([pa.array(column, field.type) for field, column in columns], schema=_SCHEMA)

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 from data_tools.pack_list import Entry, read_list
 from data_tools.shard_writer import open_shard
 from ipa_train.data.decode import decode
+from ipa_train.data.image_prompts import check_extras
 from ipa_train.data.index import MAX_MEMBER_BYTES
-from ipa_train.data.scan import IMAGE_SUFFIXES, TEXT_SUFFIX
+from ipa_train.data.scan import EXTRAS, IMAGE_SUFFIXES, TEXT_SUFFIX, Extra
 from ipa_train.errors import DataError
 from ipa_train.runtime.files import atomic_write
 
@@ -54,14 +55,14 @@ def pack_shard(task: PackTask, *, max_pixels: int) -> None:
             try:
                 if row in task.repeated:
                     raise _LeftOutError(REPEATED)
-                suffix, data, facts = _read_sample(entry, max_pixels)
+                members, facts = _read_sample(entry, max_pixels)
             except _LeftOutError as error:
                 name = os.fsencode(entry.path(entry.image or b"")).decode(errors="replace")
                 writer.leave_out(key, f"{error.kind}: {name}{error.why and f': {error.why}'}")
                 continue
             rows.append({**json.loads(entry.columns), "key": key, **facts, "status": "success"})
             text = json.dumps(rows[-1]).encode()
-            writer.write(key, {suffix: data, TEXT_SUFFIX: facts["caption"].encode(), "json": text})
+            writer.write(key, {**members, TEXT_SUFFIX: facts["caption"].encode(), "json": text})
         if not rows:
             first = next(iter(writer.left_out.values()))
             raise DataError(f"none of its {len(writer.left_out)} samples can be packed, first {first}")
@@ -69,17 +70,11 @@ def pack_shard(task: PackTask, *, max_pixels: int) -> None:
             pq.write_table(_as_table(rows), temporary)
 
 
-def _read_sample(entry: Entry, max_pixels: int) -> tuple[str, bytes, dict[str, Any]]:
-    """The picture's suffix and bytes, and what img2dataset says of a sample."""
+def _read_sample(entry: Entry, max_pixels: int) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Pictures and embedding by suffix, and what img2dataset says of a sample."""
     if not entry.image:
         raise _LeftOutError("without a picture's name", entry.columns)
-    path = entry.path(entry.image)
-    suffix = path.suffix[1:].lower()
-    if suffix not in IMAGE_SUFFIXES:
-        raise _LeftOutError("of other kinds than " + "/".join(IMAGE_SUFFIXES))
-    data = _read(path, "missing or unreadable pictures")
-    if len(data) > MAX_MEMBER_BYTES:
-        raise _LeftOutError("pictures too large for training", f"above {MAX_MEMBER_BYTES} bytes")
+    suffix, data = _read_picture(entry.path(entry.image), "pictures")
     caption = entry.caption
     if entry.caption_file:
         caption = _read(entry.path(entry.caption_file), "missing or unreadable captions")
@@ -94,7 +89,37 @@ def _read_sample(entry: Entry, max_pixels: int) -> tuple[str, bytes, dict[str, A
     except DataError as error:
         raise _LeftOutError("damaged pictures", str(error)) from error
     source = entry.image.decode(errors="replace")
-    return suffix, data, {"source": source, "caption": text, "width": width, "height": height}
+    members = {suffix: data} | _read_extras(entry, (height, width), max_pixels)
+    return members, {"source": source, "caption": text, "width": width, "height": height}
+
+
+def _read_extras(entry: Entry, size: tuple[int, int], max_pixels: int) -> dict[str, bytes]:
+    """By suffix; ``size`` is the (height, width) of the picture."""
+    extras: dict[Extra, bytes] = {}
+    suffixes = dict(EXTRAS)
+    if entry.reference:
+        suffix, extras["reference"] = _read_picture(entry.path(entry.reference), "references")
+        suffixes["reference"] = f"ref.{suffix}"
+    if entry.mask:
+        extras["mask"] = _read(entry.path(entry.mask), "missing or unreadable masks")
+    if entry.embedding:
+        extras["embedding"] = _read(entry.path(entry.embedding), "missing or unreadable embeddings")
+    try:
+        check_extras(extras, size, max_pixels)
+    except DataError as error:
+        raise _LeftOutError("references, masks or embeddings that training would refuse", str(error)) from error
+    return {suffixes[extra]: data for extra, data in extras.items()}
+
+
+def _read_picture(path: Path, kind: str) -> tuple[str, bytes]:
+    """Suffix and bytes."""
+    suffix = path.suffix[1:].lower()
+    if suffix not in IMAGE_SUFFIXES:
+        raise _LeftOutError(f"{kind} of other kinds than " + "/".join(IMAGE_SUFFIXES))
+    data = _read(path, f"missing or unreadable {kind}")
+    if len(data) > MAX_MEMBER_BYTES:
+        raise _LeftOutError(f"{kind} too large for training", f"above {MAX_MEMBER_BYTES} bytes")
+    return suffix, data
 
 
 def _read(path: Path, kind: str) -> bytes:

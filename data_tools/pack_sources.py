@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from data_tools.pack_list import Entry
-from ipa_train.data.scan import IMAGE_SUFFIXES
+from ipa_train.data.scan import EXTRAS, IMAGE_SUFFIXES, Extra, member_kind
 from ipa_train.errors import ConfigError, DataError, did_you_mean
 
 MALFORMED_ROWS = "table rows with too few or too many columns"
@@ -27,9 +27,12 @@ def find_entries(
     image_column: str,
     caption_column: str,
     caption_suffix: str,
+    extra_columns: Mapping[Extra, str],
     ignored: Counter[str],
 ) -> Iterator[Entry]:
     """The entries of a folder, JSON list or table; what can be none is counted in ``ignored``.
+
+    ``extra_columns`` name files, as ``image_column`` does.
 
     Raises:
         ConfigError: the source is missing, or of another kind, or has no such columns.
@@ -42,9 +45,9 @@ def find_entries(
     root = os.fsencode((source.parent if image_root is None else image_root).resolve())
     suffix = source.suffix.lower()
     if suffix == ".json":
-        return _json_entries(source, root, image_column, caption_column)
+        return _json_entries(source, root, image_column, caption_column, extra_columns)
     if suffix in (".csv", ".parquet"):
-        return _table_entries(source, root, image_column, caption_column, ignored)
+        return _table_entries(source, root, image_column, caption_column, extra_columns, ignored)
     raise ConfigError(
         f"{source}: cannot pack a {suffix or 'file without suffix'}; give a folder, a .json, .csv or .parquet."
     )
@@ -57,24 +60,44 @@ def _folder_entries(folder: Path, caption_suffix: str, ignored: Counter[str]) ->
         ignored["linked folders not followed"] += sum((Path(parent) / name).is_symlink() for name in folders)
         below = Path(parent).relative_to(folder)
         captions = {name.removesuffix(caption_suffix) for name in names if name.endswith(caption_suffix)}
+        extras = _find_extras(Path(parent), below, names)
+        belonging = {path for of_stem in extras.values() for path in of_stem.values()}
         stems = set()
         for name in sorted(names):
             path = below / name
+            if os.fsencode(path) in belonging:
+                continue
             if path.suffix[1:].lower() in IMAGE_SUFFIXES:
                 stems.add(path.stem)
                 caption = os.fsencode(path.with_suffix(caption_suffix)) if path.stem in captions else None
-                yield Entry(root, os.fsencode(path), None, caption, "{}")
+                yield Entry(root, os.fsencode(path), None, caption, "{}", **extras.get(path.stem, {}))
             elif not name.endswith(caption_suffix):
                 suffix = os.fsencode(path.suffix or "other").decode(errors="replace")
                 ignored[f"{suffix} files ignored"] += 1
         ignored["captions without a picture"] += len(captions - stems)
 
 
+def _find_extras(folder: Path, below: Path, names: Sequence[str]) -> dict[str, dict[Extra, bytes]]:
+    """Paths of what lies beside pictures for their image prompts, by stem; names that no picture goes with are none."""
+    stems = {Path(name).stem for name in names if Path(name).suffix[1:].lower() in IMAGE_SUFFIXES}
+    extras = {suffix: extra for extra, suffix in EXTRAS.items()}
+    found: dict[str, dict[Extra, bytes]] = {}
+    for name in sorted(names):
+        for stem, suffix in ((name[:dot], name[dot + 1 :]) for dot, letter in enumerate(name) if letter == "."):
+            if stem in stems and (extra := extras.get(member_kind(suffix))):
+                if extra in found.setdefault(stem, {}):
+                    raise DataError(f"{folder / name}: another {extra} of {stem} lies beside it; keep one.")
+                found[stem][extra] = os.fsencode(below / name)
+    return found
+
+
 def _refuse_folder(error: OSError) -> None:
     raise DataError(f"{error.filename}: {error.strerror}")
 
 
-def _json_entries(source: Path, root: bytes, image_column: str, caption_column: str) -> Iterator[Entry]:
+def _json_entries(
+    source: Path, root: bytes, image_column: str, caption_column: str, extra_columns: Mapping[Extra, str]
+) -> Iterator[Entry]:
     try:
         items = json.loads(source.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -83,10 +106,11 @@ def _json_entries(source: Path, root: bytes, image_column: str, caption_column: 
         raise DataError(
             f'{source}: must be a list like [{{"{image_column}": "a.jpg", "{caption_column}": "a cat"}}, ...].'
         )
-    _require_columns(source, (image_column, caption_column), {name for item in items for name in item})
+    required = (image_column, caption_column, *extra_columns.values())
+    _require_columns(source, required, {name for item in items for name in item})
     for item in items:
-        image, caption = (_encode(item.pop(name, None)) for name in (image_column, caption_column))
-        yield Entry(root, image, caption, None, _dump(item))
+        image, caption, *extras = (_encode(item.pop(name, None)) for name in required)
+        yield Entry(root, image, caption, None, _dump(item), **dict(zip(extra_columns, extras, strict=True)))
 
 
 def _encode(value: Any) -> bytes | None:
@@ -94,17 +118,24 @@ def _encode(value: Any) -> bytes | None:
 
 
 def _table_entries(
-    source: Path, root: bytes, image_column: str, caption_column: str, ignored: Counter[str]
+    source: Path,
+    root: bytes,
+    image_column: str,
+    caption_column: str,
+    extra_columns: Mapping[Extra, str],
+    ignored: Counter[str],
 ) -> Iterator[Entry]:
+    required = (image_column, caption_column, *extra_columns.values())
     try:
         opened = _open_csv(source, ignored) if source.suffix.lower() == ".csv" else _open_parquet(source)
         schema, batches = opened
-        _require_columns(source, (image_column, caption_column), schema.names)
+        _require_columns(source, required, schema.names)
         for batch in batches:
             columns = {name: _values(column) for name, column in zip(schema.names, batch.columns, strict=True)}
-            images, captions = (_texts(source, name, columns.pop(name)) for name in (image_column, caption_column))
-            for row, (image, caption) in enumerate(zip(images, captions, strict=True)):
-                yield Entry(root, image, caption, None, _dump({name: values[row] for name, values in columns.items()}))
+            texts = zip(*(_texts(source, name, columns.pop(name)) for name in required), strict=True)
+            for row, (image, caption, *extras) in enumerate(texts):
+                others = _dump({name: values[row] for name, values in columns.items()})
+                yield Entry(root, image, caption, None, others, **dict(zip(extra_columns, extras, strict=True)))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{source}: cannot be read: {error}.") from error
 

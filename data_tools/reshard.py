@@ -6,7 +6,8 @@ ipa train experiment=sd15_linear run.name=first data.shards=/data/laion-512 data
 Training on the output sees the pixels, captions and SDXL sizes that it would have seen on the source, but for the
 losses of a JPEG. Run the same command again after a stop, and on many machines at once with --task-index (a Slurm job
 array needs no option): each output shard is written by one of them, and what is there is not done again. To have a
-shard done again, delete it. Of a sample only its picture and caption are kept; its key names the source shard and key.
+shard done again, delete it. Of a sample only its picture and caption are kept, and what --carry names; its key names
+the source shard and key. With --carry, samples that lack a part of it are counted, and not in the output.
 """
 
 import argparse
@@ -29,9 +30,11 @@ from data_tools.work import (
     run_tasks,
 )
 from ipa_train.data.decode import Decoder, decode, stored_size
+from ipa_train.data.image_prompts import ImagePrompts
 from ipa_train.data.index import Index, build_index
 from ipa_train.data.pictures import PictureLoader
 from ipa_train.data.reader import ShardReader
+from ipa_train.data.scan import EXTRAS, Extra
 from ipa_train.data.stream import choose_buckets, make_stream
 from ipa_train.errors import ConfigError, DataError
 
@@ -59,12 +62,19 @@ class Recipe:
     shard_size: int
     seed: int
     max_pixels: int
+    carry: tuple[Extra, ...] | None
+    """What is kept besides; None only if there is nothing."""
 
     def __post_init__(self) -> None:
         for name, low, high in (("quality", 1, 100), ("shard_size", 1, 10**6)):
             if not low <= getattr(self, name) <= high:
                 option = name.replace("_", "-")
                 raise ConfigError(f"--{option} must be from {low} to {high}, got {getattr(self, name)}.")
+        if self.resize and "mask" in (self.carry or ()) and "reference" not in (self.carry or ()):
+            raise ConfigError(
+                "--carry mask: masks of the pictures themselves would not fit the resized ones; add --no-resize, or "
+                "reference if they are masks of KEY.ref.*."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +94,7 @@ class Job:
             index_dir=self.index_dir,
             allow_missing_stats=self.allow_missing_stats,
             num_workers=num_workers,
+            extras=self.recipe.carry or (),
         )
 
 
@@ -95,6 +106,8 @@ class Source:
         self.index = job.index()
         if self.index.content != "pictures":
             raise ConfigError("cached features cannot be resharded: reshard the pictures, and encode those.")
+        if recipe.carry is None:
+            _require_no_extras(self.index)
         self.buckets, counts, _ = choose_buckets(
             self.index,
             resolution=recipe.resolution,
@@ -103,7 +116,7 @@ class Source:
             min_rate=recipe.min_bucket_rate,
         )
         self.reader, self.decoder = ShardReader(self.index, self.buckets), Decoder(max_pixels=recipe.max_pixels)
-        loader = PictureLoader(self.reader, self.buckets, decoder=self.decoder, image_prompt_size=None)
+        loader = PictureLoader(self.reader, self.buckets, decoder=self.decoder, image_prompts=ImagePrompts(size=None))
         order = {"seed": recipe.seed, "num_lanes": _NUM_LANES, "window_size": _WINDOW_SIZE}
         self.plans = make_stream(loader, self.buckets, counts, {}, weights=None, **order).plans
         self._counts = counts.sum(axis=1).tolist()
@@ -134,29 +147,44 @@ class Source:
                 row = in_bucket
                 try:
                     row = self.reader.row(shard, bucket, in_bucket)
-                    content, caption, key = self.reader.read(shard, row)
-                    picture = self._picture(content, bucket)
+                    sample = self.reader.read(shard, row)
+                    members = self._picture(sample.content, bucket)
                 except DataError as error:
                     writer.leave_out(f"{self.index.shards[shard].path}/{self.reader.key(shard, row)}", str(error))
                 else:
-                    writer.write(f"{self._prefixes[shard]}-{key}", {**picture, "txt": caption.encode()})
+                    for extra, data in sample.extras.items():
+                        members[EXTRAS[extra].replace("*", _image_suffix(data))] = data
+                    writer.write(f"{self._prefixes[shard]}-{sample.key}", members | {"txt": sample.caption.encode()})
             if not writer.num_samples:
                 first = next(iter(writer.left_out.items()))
                 raise DataError(f"{path}: not written, all its samples are bad; first {first[0]}: {first[1]}")
 
     def _picture(self, content: bytes, bucket: int) -> dict[str, bytes]:
-        suffix = {b"\xff\xd8": "jpg", b"\x89P": "png"}.get(content[:2], "webp")
+        suffix = _image_suffix(content)
         if not self.recipe.resize:
             decode(content, max_pixels=self.recipe.max_pixels)
             return {suffix: content}
         pixels = np.empty((*self.buckets[bucket], 3), np.uint8)
-        placement = self.decoder(content, pixels=pixels)
+        placement, _ = self.decoder(content, pixels=pixels)
         if suffix == "jpg" and stored_size(content) == self.buckets[bucket]:
             return {suffix: content}  # a second compression would only lose
         buffer = io.BytesIO()
         options = {"quality": self.recipe.quality, "subsampling": _SUBSAMPLING, "comment": placement.comment()}
         Image.fromarray(pixels).save(buffer, "JPEG", **options)
         return {"jpg": buffer.getvalue()}
+
+
+def _image_suffix(content: bytes) -> str:
+    return {b"\xff\xd8": "jpg", b"\x89P": "png"}.get(content[:2], "webp")
+
+
+def _require_no_extras(index: Index) -> None:
+    for shard in index.shards:
+        if found := shard.entry.found_extras:
+            raise ConfigError(
+                f"{shard.path}: holds {', '.join(f'KEY.{EXTRAS[extra]}' for extra in found)}: say what to keep, "
+                f"--carry {' '.join(found)}, or --carry alone to keep none of it."
+            )
 
 
 def _prefixes(index: Index) -> list[str]:
@@ -190,6 +218,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--quality", type=int, default=95, help="of the new JPEGs, to 100")
     parser.add_argument("--shard-size", type=int, default=10_000, help="samples in a new shard")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle")
+    parser.add_argument(
+        "--carry", nargs="*", choices=EXTRAS, help="keep KEY.ref.*, KEY.mask.png, KEY.npy: needed of every sample"
+    )
     parser.add_argument("--max-pixels", type=int, default=50_000_000, help="larger pictures are bad samples")
     add_max_bad_rate(parser)
     parser.add_argument("--allow-missing-stats", action="store_true", help="take shards of other writers")
@@ -200,6 +231,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write what is missing, and report on all."""
+    args.carry = None if args.carry is None else tuple(extra for extra in EXTRAS if extra in args.carry)
     recipe = Recipe(**{name: getattr(args, name) for name in Recipe.__dataclass_fields__})
     job = Job(
         shards=tuple(args.shards),
@@ -229,6 +261,7 @@ def run(args: argparse.Namespace) -> int:
         report.counts["samples"] += num_samples
         bad += [f"{name}: {why}" for name, why in left_out.items()]
     report.counts["shards"] = len(paths)
+    report.counts["incomplete samples of the source"] = sum(s.entry.num_incomplete for s in source.index.shards)
     report.counts["of these already there"] = len(places) - len(missing)
     report.counts["shards left to other tasks"] = len(source.places()) - len(places)
     report.left_out(bad, report.counts["samples"], args.max_bad_rate)

@@ -6,7 +6,7 @@ Beside the shard (or in the index's folder) stay ``NAME.crc.npy`` (:mod:`data_to
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from data_tools.checksums import changed_keys, crc_of, read_checksums, write_che
 from data_tools.shard_writer import stats_path
 from ipa_train.data.cache import Layout, read_description
 from ipa_train.data.decode import decode
+from ipa_train.data.image_prompts import check_extras
 from ipa_train.data.index import MAX_MEMBER_BYTES, name_beside
-from ipa_train.data.scan import FLIPPED_SUFFIX, TEXT_SUFFIX, Content, find_samples, scan
+from ipa_train.data.scan import EXTRAS, FLIPPED_SUFFIX, TEXT_SUFFIX, Extra, Scan, find_samples, scan
 from ipa_train.data.tar import Member
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.files import atomic_write
@@ -31,6 +32,8 @@ class Kept:
     tar_bytes: int
     tar_mtime_ns: int
     max_pixels: int
+    extras: list[Extra] = field(default_factory=list)
+    """What every sample should hold besides."""
     num_samples: int
     """Complete ones, good and bad."""
     num_incomplete: int
@@ -59,9 +62,15 @@ def checksums_path(shard: Path, index_dir: Path | None) -> Path:
 
 
 def check_shard(
-    shard: Path, *, index_dir: Path | None, allow_missing_stats: bool, max_pixels: int, reread: bool
+    shard: Path,
+    *,
+    index_dir: Path | None,
+    allow_missing_stats: bool,
+    max_pixels: int,
+    reread: bool,
+    extras: Sequence[Extra] = (),
 ) -> ShardFindings:
-    """Read and decode a whole shard, unless that was done and ``reread`` is not set.
+    """Read and decode a whole shard, unless that was done and ``reread`` is not set; samples need all ``extras``.
 
     Raises:
         DataError: training would refuse the whole shard.
@@ -71,10 +80,11 @@ def check_shard(
     before, table = _read_kept(kept_path), read_checksums(table_path)
     stat = shard.stat()
     is_same_file = before is not None and (before.tar_bytes, before.tar_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
-    if before and table is not None and is_same_file and before.max_pixels == max_pixels and not reread:
+    is_same_check = before is not None and (before.max_pixels, before.extras) == (max_pixels, list(extras))
+    if before and table is not None and is_same_file and is_same_check and not reread:
         return ShardFindings(before, True, problems=_compare_with_stats(shard, before, allow_missing_stats))
-    found = scan(shard, max_member_bytes=MAX_MEMBER_BYTES)
-    bad, crcs, num_empty = _check_samples(shard, found.content, max_pixels)
+    found = scan(shard, max_member_bytes=MAX_MEMBER_BYTES, extras=extras)
+    bad, crcs, num_empty = _check_samples(shard, found, max_pixels)
     changed, num_gone = ([], 0) if table is None else changed_keys(table, crcs)
     problems = []
     if is_same_file and (changed or num_gone):  # the checksums stay as they were: they are the right ones
@@ -86,6 +96,7 @@ def check_shard(
         tar_bytes=stat.st_size,
         tar_mtime_ns=stat.st_mtime_ns,
         max_pixels=max_pixels,
+        extras=list(extras),
         num_samples=len(found.rows),
         num_incomplete=found.num_incomplete,
         num_empty_captions=num_empty,
@@ -117,9 +128,9 @@ def _compare_with_stats(shard: Path, kept: Kept, allow_missing_stats: bool) -> l
     return [] if claimed == num_found else [f"{shard}: holds {num_found} samples, but {path.name} says {claimed}"]
 
 
-def _check_samples(shard: Path, content: Content, max_pixels: int) -> tuple[dict[str, str], dict[str, int], int]:
+def _check_samples(shard: Path, found: Scan, max_pixels: int) -> tuple[dict[str, str], dict[str, int], int]:
     """What is wrong with which sample, every sample's CRC-32, and how many captions are empty."""
-    if content == "features":
+    if found.content == "features":
         try:
             read_description(shard.parent)
         except ConfigError as error:
@@ -132,12 +143,13 @@ def _check_samples(shard: Path, content: Content, max_pixels: int) -> tuple[dict
         for key, members in find_samples(shard, max_member_bytes=MAX_MEMBER_BYTES).items():
             data = {kind: _read(descriptor, member) for kind, member in members.items()}
             crcs[key] = crc_of((member.name, data[kind]) for kind, member in members.items())
-            if not {"content", TEXT_SUFFIX} <= data.keys():
+            if not {"content", TEXT_SUFFIX, *(EXTRAS[extra] for extra in found.extras)} <= data.keys():
                 continue
             try:
                 num_empty += not _caption(data).strip()
-                if content == "pictures":
-                    decode(data["content"], max_pixels=max_pixels)
+                if found.content == "pictures":
+                    height, width, _ = decode(data["content"], max_pixels=max_pixels).shape
+                    check_extras({extra: data[EXTRAS[extra]] for extra in found.extras}, (height, width), max_pixels)
                 else:
                     layout = layout or Layout(data["content"])
                     for kind in {"content", FLIPPED_SUFFIX} & data.keys():

@@ -26,7 +26,7 @@ from ipa_train.data.decode import MAX_PIXELS
 from ipa_train.data.find import find_shards
 from ipa_train.data.index import MAX_MEMBER_BYTES, read_excluded
 from ipa_train.data.index_file import make_index_folder
-from ipa_train.data.scan import find_samples
+from ipa_train.data.scan import EXTRAS, find_samples
 from ipa_train.errors import DataError
 
 EXCLUDE_LIST = "exclude-validate.txt"
@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the tool's arguments."""
     add_shard_arguments(parser)
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="as data.max_pixels (%(default)s)")
+    parser.add_argument(
+        "--needs", nargs="+", choices=EXTRAS, default=[], help="also KEY.ref.*, KEY.mask.png, KEY.npy of every sample"
+    )
     parser.add_argument("--reread", action="store_true", help="read shards again that are as they were")
     parser.add_argument("--write-exclude", action="store_true", help=f"list bad samples in {EXCLUDE_LIST}")
     add_work_arguments(parser)
@@ -58,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         allow_missing_stats=args.allow_missing_stats,
         max_pixels=args.max_pixels,
         reread=args.reread,
+        extras=[extra for extra in EXTRAS if extra in args.needs],
     )
     sound: list[Path] = []
     bad: dict[Path, dict[str, str]] = {}

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from ipa_train.errors import ConfigError, UserError, did_you_mean
 
 # Options that are known only when the models are there.
-_FILLED_IN = {"data": ("image_prompt_size",)}
+_FILLED_IN = {"data": ("image_prompt_size", "embedding_shape")}
 _SCALARS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
 
 

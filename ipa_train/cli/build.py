@@ -56,6 +56,7 @@ def build_data(config: DictConfig, module: AdapterTraining) -> StreamingDataModu
     data: StreamingDataModule = instantiate(
         config.data,
         image_prompt_size=module.image_encoder.image_size,
+        embedding_shape=module.image_encoder.embedding_shape,
         bad_samples_dir=config.run.path,
         encoders=module.encoders_identity(),
     )

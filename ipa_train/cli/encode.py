@@ -19,7 +19,7 @@ from data_tools.work import Report, add_max_bad_rate, add_share_arguments, my_sh
 from ipa_train.bases import LatentPosterior
 from ipa_train.cli.binding import instantiate, locate
 from ipa_train.cli.config import load_config
-from ipa_train.conditioning import CLIPImageEncoder
+from ipa_train.conditioning import ImageEncoder
 from ipa_train.data.batch import Pictures
 from ipa_train.data.cache import encoders_identity
 from ipa_train.errors import DataError
@@ -49,23 +49,26 @@ def run(args: argparse.Namespace) -> int:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())  # a task may see its own GPU alone
     family = locate(config.base._target_, "base").__self__
     vae = family.load_vae(**{key: value for key, value in config.base.items() if key != "_target_"}).to(device)
-    image_encoder: CLIPImageEncoder = instantiate(config.image_encoder).to(device)
+    image_encoder: ImageEncoder = instantiate(config.image_encoder).to(device)
     kinds = locate(config.adapter.projector._target_, "adapter.projector").feature_kinds
     data = instantiate(
         config.data,
         image_prompt_size=image_encoder.image_size,
+        embedding_shape=image_encoder.embedding_shape,
         encoders=encoders_identity(vae.identity(), image_encoder.identity(), "+".join(kinds)),
     )
 
-    def encode(pictures: Pictures) -> tuple[LatentPosterior, Tensor]:
+    def encode(pictures: Pictures) -> tuple[LatentPosterior, tuple[Tensor, ...]]:
         prompts = pictures.image_prompts.to(device, non_blocking=True)
-        return vae.encode(pictures.pixels.to(device, non_blocking=True)), image_encoder.encode(prompts, kinds[0])
+        stored = None if pictures.embeddings is None else pictures.embeddings.to(device, non_blocking=True)
+        features = image_encoder.features(prompts, kinds, embeddings=stored)
+        return vae.encode(pictures.pixels.to(device, non_blocking=True)), features
 
     writer = CacheWriter(
         data,
         encode,
         out=args.out,
-        precision={"vae": str(vae.dtype), "image_encoder": str(image_encoder.model.dtype)},
+        precision={"vae": str(vae.dtype), "image_encoder": str(image_encoder.dtype)},
         flip=args.flip,
         latents_std=not args.no_std,
         batch_size=args.batch_size,

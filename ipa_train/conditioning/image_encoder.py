@@ -1,8 +1,10 @@
 """Image encoders behind one call: image prompts or stored embeddings -> image features, and those of "no image"."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
@@ -39,6 +41,16 @@ class ImageEncoder(nn.Module, ABC):
             ConfigError: no features of this kind, or what they are made from is not given.
         """
 
+    def features(
+        self,
+        image_prompts: UInt8[Tensor, "b c h w"] | None,
+        kinds: Sequence[FeatureKind],
+        *,
+        embeddings: Float[Tensor, "b *s f"] | None = None,
+    ) -> tuple[Float[Tensor, "b *_"], ...]:
+        """Features of each kind, as :meth:`encode` gives them."""
+        return tuple(self.encode(image_prompts, kind, embeddings=embeddings) for kind in kinds)
+
     @abstractmethod
     def null_features(self, kind: FeatureKind, null: NullImage | None = None) -> Float[Tensor, "1 *s f"]:
         """Features of "no image"; by default those of diffusers' UNet pipelines.
@@ -52,6 +64,11 @@ class ImageEncoder(nn.Module, ABC):
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What an export says of it, in plain values that JSON holds: see ``docs/encoders.md``."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision it runs in; fp32 where it has no weights."""
+        return next((weight.dtype for weight in self.parameters()), torch.float32)
 
     def train(self, mode: bool = True) -> "ImageEncoder":
         """Stay in eval mode: the encoder is frozen."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float16, Int64, UInt8
+from jaxtyping import Float16, Float32, Int64, UInt8
 from torch import Tensor
 
 T = TypeVar("T")
@@ -23,6 +23,8 @@ class Pictures:
     """Training targets, resized and cropped to the training resolution; channels last in memory."""
     separate_prompts: UInt8[Tensor, "b c p q"] | None
     """None where the pixels hold all that the image encoder is to see: it resizes them itself."""
+    embeddings: Float32[Tensor, "b *s f"] | None = None
+    """Stored with the samples, for image encoders that take such; None where none does."""
 
     @property
     def image_prompts(self) -> UInt8[Tensor, "b c p q"]:
@@ -37,7 +39,8 @@ class Features:
     latents_mean: Float16[Tensor, "b c h w"]
     latents_std: Float16[Tensor, "b c h w"] | None
     """None where the cache holds the means alone; they are then taken as the latents."""
-    image_features: Float16[Tensor, "b *s f"]
+    image_features: tuple[Float16[Tensor, "b ..."], ...]
+    """(b, f) or (b, s, f), one for each kind that the adapter is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,8 @@ def _map_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
     for name, part in vars(value).items():
         if isinstance(part, Tensor):
             changed[name] = change(part)
+        elif isinstance(part, tuple):
+            changed[name] = tuple(map(change, part))
         elif is_dataclass(part):
             changed[name] = _map_tensors(part, change)
     return replace(value, **changed)  # type: ignore[type-var]

@@ -13,8 +13,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,11 +60,17 @@ class CacheDescription:
     """Identity of the index of the shards that were encoded."""
     groups: list[str] = field(default_factory=list)
     """Names of these shards, in their order."""
+    image_prompt: str = "picture"
+    reference_mask: str = "none"
+    reference_mask_margin: float = 0.0
+    embedding_shape: list[int] | None = None
 
     @property
     def fingerprint(self) -> str:
-        """Of everything above."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        """Of everything above, save what is at its default: older caches do not speak of that."""
+        usual = {part.name: part.default for part in fields(self)}
+        facts = {name: value for name, value in asdict(self).items() if value != usual[name]}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def write(self, folder: Path) -> None:
         """Write ``cache.json``, or check that the one there says the same.
@@ -105,6 +112,8 @@ def encoders_identity(vae: dict[str, Any], image_encoder: dict[str, Any], featur
         **vae,
         "image_encoder_sha256": image_encoder["weights_sha256"],
         "image_preprocessing": image_encoder["preprocessing"],
+        "image_layer": image_encoder.get("layer"),
+        "stored_embedding": image_encoder.get("embedding"),
         "feature_kind": feature_kind,
     }
 
@@ -292,7 +301,7 @@ class FeatureBatch:
             content=Features(
                 latents_mean=of["latents_mean"],
                 latents_std=of.get("latents_std"),
-                image_features=of["image_features"],
+                image_features=tuple(of[name] for name in takewhile(of.__contains__, map(features_column, count()))),
             ),
             captions=captions,
             positions=positions,
@@ -307,6 +316,11 @@ def _rows(array: ndarray) -> list[memoryview]:
     """The memory of each sample of a batch."""
     whole, length = array.reshape(-1).view(np.uint8).data, array[0].nbytes
     return [whole[start : start + length] for start in range(0, len(whole), length)]
+
+
+def features_column(number: int) -> str:
+    """Name of the tensor that holds a sample's image features of the kind of this number."""
+    return f"image_features_{number}" if number else "image_features"
 
 
 def shard_name(group: str, bucket: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from ipa_train.data.augmentation import ReferenceAugmentation
 from ipa_train.data.batch import Batch
 from ipa_train.data.buckets import BucketSchedule
 from ipa_train.data.cache import FeatureLoader
 from ipa_train.data.decode import MAX_PIXELS, Decoder
+from ipa_train.data.image_prompts import ImagePrompts
 from ipa_train.data.index import MAX_MEMBER_BYTES, Index, build_index
 from ipa_train.data.local_copies import LocalCopies
 from ipa_train.data.pictures import PictureLoader
@@ -22,6 +25,7 @@ from ipa_train.data.pipeline import LoadedBatch, Places, StreamDataset, StreamSa
 from ipa_train.data.plan import rank_share
 from ipa_train.data.prefetch import Lanes, Prefetcher, lanes_of_node, require_room
 from ipa_train.data.reader import ShardReader
+from ipa_train.data.scan import lacks
 from ipa_train.data.stream import Stream, choose_buckets, make_stream
 from ipa_train.data.tolerance import ErrorBudget
 from ipa_train.errors import ConfigError, DataError
@@ -51,7 +55,12 @@ class StreamingDataModule(lightning.LightningDataModule):
         bucket_step: int | None = None,
         max_aspect_ratio: float = 2.0,
         min_bucket_rate: float = 0.005,
-        image_prompt_size: int = 224,
+        image_prompt_size: int | None = 224,
+        image_prompt: str = "picture",
+        reference_mask: str = "none",
+        reference_mask_margin: float = 0.1,
+        reference_augment: ReferenceAugmentation | None = None,
+        embedding_shape: Sequence[int] | None = None,
         batch_size: int | None = None,
         crop: str = "center",
         flip_rate: float = 0.0,
@@ -90,11 +99,20 @@ class StreamingDataModule(lightning.LightningDataModule):
         if weights is not None and not isinstance(shards, Mapping):
             raise ConfigError("data.weights needs sources with names: data.shards='{a: /data/a, b: /data/b}'.")
         self.decoder = Decoder(max_pixels=max_pixels)
+        self.image_prompts = ImagePrompts(
+            size=image_prompt_size,
+            source=image_prompt,
+            mask=reference_mask,
+            mask_margin=reference_mask_margin,
+            augment=reference_augment or ReferenceAugmentation(),
+            embedding_shape=None if embedding_shape is None else tuple(embedding_shape),
+            max_pixels=max_pixels,
+        )
         self.sources: dict[str, Any] = dict(shards) if isinstance(shards, Mapping) else {"": shards}
         self.weights = None if weights is None else dict(weights)
         self.resolution, self.bucket_step = resolution, bucket_step
         self.max_aspect_ratio, self.min_bucket_rate = max_aspect_ratio, min_bucket_rate
-        self.image_prompt_size, self.crop, self.flip_rate = image_prompt_size, crop, flip_rate
+        self.crop, self.flip_rate = crop, flip_rate
         self.global_batch_size, self.batch_size = global_batch_size, batch_size
         self.num_workers, self.prefetch_factor, self.seed = num_workers, prefetch_factor, seed
         self.num_lanes, self.window_size = num_lanes, window_size
@@ -128,13 +146,14 @@ class StreamingDataModule(lightning.LightningDataModule):
                 max_member_bytes=self.max_member_bytes,
                 copies=self.copies,
                 trust_index=rank() > 0,  # rank 0 has just looked at all shards
+                extras=self.image_prompts.extras,
             )
             for name, spec in self.sources.items()
         }
         entries = [shard.entry for index in indices.values() for shard in index.shards]
         _log.info("data: %d samples in %d shards", sum(entry.num_samples for entry in entries), len(entries))
         if incomplete := sum(entry.num_incomplete for entry in entries):
-            _log.warning("data: %d samples without an image or a caption are left out", incomplete)
+            _log.warning("data: %d samples without %s are left out", incomplete, lacks(self.image_prompts.extras))
         if excluded := sum(entry.num_excluded for entry in entries):
             _log.info("data: %d samples are left out by exclude lists", excluded)
         return indices
@@ -152,12 +171,7 @@ class StreamingDataModule(lightning.LightningDataModule):
             ConfigError: options that cannot be with these shards.
             DataError: an unfinished cache, or sources without samples.
         """
-        options: dict[str, Any] = {
-            "weights": self.weights,
-            "seed": self.seed,
-            "num_lanes": self.num_lanes,
-            "window_size": self.window_size,
-        }
+        options = {name: getattr(self, name) for name in ("weights", "seed", "num_lanes", "window_size")}
         if self.index.content == "features":
             return self._feature_stream(options)
         buckets, counts, is_exact = choose_buckets(
@@ -167,12 +181,15 @@ class StreamingDataModule(lightning.LightningDataModule):
             max_aspect_ratio=self.max_aspect_ratio,
             min_rate=self.min_bucket_rate,
         )
+        prompts = self.image_prompts
+        if is_exact and self.crop == "center" and prompts.are_pictures:
+            # What is stored at its training size is cropped to the very square that the image encoder sees.
+            prompts = replace(prompts, size=None)
         loader = PictureLoader(
             ShardReader(self.index, buckets),
             buckets,
             decoder=self.decoder,
-            # What is stored at its training size is cropped to the very square that the image encoder sees.
-            image_prompt_size=None if is_exact and self.crop == "center" else self.image_prompt_size,
+            image_prompts=prompts,
             crop=self.crop,
             flip_rate=self.flip_rate,
             seed=self.seed,
@@ -185,6 +202,7 @@ class StreamingDataModule(lightning.LightningDataModule):
     def _feature_stream(self, options: dict[str, Any]) -> Stream:
         if self.crop != "center":
             raise ConfigError(f"data.crop={self.crop!r}: cached features are of centre crops; set data.crop=center.")
+        self.image_prompts.require_fixed()
         loader = FeatureLoader(self.index, flip_rate=self.flip_rate, seed=self.seed)
         for folder, description in loader.descriptions.items():
             description.require(
@@ -193,6 +211,7 @@ class StreamingDataModule(lightning.LightningDataModule):
                 resolution=self.resolution,
                 bucket_step=self.bucket_step,
                 max_aspect_ratio=self.max_aspect_ratio,
+                **self.image_prompts.description,
             )
         names = {shard.tar.folder: name for name, index in self._indices.items() for shard in index.shards}
         of_group = np.array([names[folder] for folder in loader.group_folders])

@@ -60,14 +60,13 @@ class Decoder:
         data: bytes,
         *,
         pixels: UInt8[ndarray, "h w c"],
-        image_prompt: UInt8[ndarray, "p q c"] | None = None,
         crop_at: tuple[float, float] | None = None,
         flip: bool = False,
-    ) -> Placement:
-        """Decode one stored image into the arrays ``pixels`` and ``image_prompt``, resized to cover them and cropped.
+    ) -> tuple[Placement, UInt8[ndarray, "p q c"]]:
+        """Decode one stored image into the array ``pixels``, resized to cover it and cropped; return it whole, too.
 
         ``crop_at`` places the training crop, from (0, 0), the top left, to (1, 1); None is the centre. ``flip`` mirrors
-        both outputs, so that the prompt stays a picture of the target.
+        the training crop.
 
         Raises:
             DataError: not an RGB-convertible JPEG, PNG or WebP, damaged, or of more than ``max_pixels``: as it is
@@ -77,19 +76,28 @@ class Decoder:
         stored, size = picture.shape[:2], pixels.shape[:2]
         resized = covering_size(stored, size)
         _check_size(*resized, self.max_pixels, "would, resized, have")
-        if crop_at is None:  # torchvision rounds half to even here, and CLIPImageProcessor below rounds down
+        if crop_at is None:  # torchvision rounds half to even here, and CLIPImageProcessor rounds down
             corner = round((resized[0] - size[0]) / 2), round((resized[1] - size[1]) / 2)
         else:
             down, right = crop_at
             corner = int(down * (resized[0] - size[0] + 1)), int(right * (resized[1] - size[1] + 1))
         _fill(pixels, picture, resized, corner, flip=flip, mode="bilinear")
-        placement = _place_in_original(data, stored, resized, corner)
-        if image_prompt is not None:
-            size = image_prompt.shape[:2]
-            resized = covering_size(stored, size)
-            middle = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
-            _fill(image_prompt, picture, resized, middle, flip=flip, mode="bicubic")
-        return placement
+        return _place_in_original(data, stored, resized, corner), picture
+
+
+def fill_image_prompt(
+    out: UInt8[ndarray, "p q c"], picture: UInt8[ndarray, "h w c"], *, flip: bool, max_pixels: int
+) -> None:
+    """Fill ``out`` with a picture as CLIPImageProcessor resizes and crops it, mirrored if ``flip``.
+
+    Raises:
+        DataError: it is a long strip, and would, resized, have more than ``max_pixels``.
+    """
+    size = out.shape[:2]
+    resized = covering_size(picture.shape[:2], size)
+    _check_size(*resized, max_pixels, "would, resized for the image encoder, have")
+    middle = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
+    _fill(out, picture, resized, middle, flip=flip, mode="bicubic")
 
 
 def _place_in_original(

@@ -2,6 +2,7 @@
 
     ds/00000.tar  00000_stats.json     img2dataset's output, never modified
     ds/00000.idx.npy                   one row per complete sample, by offset (``scan.py``)
+    ds/00000.reference.idx.npy         the same for runs that need a reference, where samples without one are incomplete
     ds/index.json                      per shard: size and time of the tar, samples, how many left out, sha256 of rows
     ds/exclude-*.txt                   samples to leave out, one ``00000.tar/key`` per line; # begins a comment, at the
                                        start of a line or after a space
@@ -16,13 +17,13 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy import ndarray
@@ -32,7 +33,7 @@ from ipa_train.data.find import find_shards
 from ipa_train.data.index_file import ShardEntry, make_index_folder, read_entries, write_entries
 from ipa_train.data.local_copies import LocalCopies
 from ipa_train.data.remote import Version, ask_version, find_remote, is_remote
-from ipa_train.data.scan import ROW, Content, scan
+from ipa_train.data.scan import EXTRAS, Content, Extra, row_type, scan
 from ipa_train.data.sources import LocalFile, RemoteFile
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.files import atomic_write
@@ -84,7 +85,10 @@ class Shard:
         try:
             mode: Literal["r"] | None = "r" if self.entry.num_samples else None  # nothing cannot be mapped
             rows = np.load(self.rows_path, mmap_mode=mode, allow_pickle=False)
-            if rows.dtype == ROW and hashlib.sha256(rows.tobytes()).hexdigest() == self.entry.rows_sha256:
+            if (
+                rows.dtype == row_type(self.entry.extras)
+                and hashlib.sha256(rows.tobytes()).hexdigest() == self.entry.rows_sha256
+            ):
                 return rows
         except (ValueError, EOFError):
             pass
@@ -145,11 +149,13 @@ def build_index(
     num_workers: int | None = None,
     copies: LocalCopies | None = None,
     trust_index: bool = False,
+    extras: Collection[Extra] = (),
 ) -> Index:
     """Index all shards of ``spec``, reusing what is up to date; the index goes beside the tars, or into ``index_dir``.
 
     Remote shards are read through ``copies``. ``trust_index`` takes them for what the index says, without asking the
     server: for processes that come after one that has asked. A shard is held to its version when it is downloaded.
+    Samples of pictures that lack any of ``extras`` are incomplete.
 
     Raises:
         ConfigError: see :func:`find_shards` and :func:`find_remote`; or no folder to write to.
@@ -163,6 +169,7 @@ def build_index(
         num_workers=num_workers,
         copies=copies,
         trust_index=trust_index,
+        extras=extras,
     )
     if refused:
         raise DataError(" | ".join(map(str, refused[:_MAX_NAMED])) + _and_more(len(refused) - _MAX_NAMED))
@@ -178,6 +185,7 @@ def index_sound_shards(
     num_workers: int | None = None,
     copies: LocalCopies | None = None,
     trust_index: bool = False,
+    extras: Collection[Extra] = (),
 ) -> tuple[Index, list[DataError]]:
     """As :func:`build_index`, but an index of the sound shards and what is wrong with the others.
 
@@ -188,7 +196,7 @@ def index_sound_shards(
         raise ConfigError(f"data.max_member_bytes must be from 1 to {_PLACEABLE_BYTES}, got {max_member_bytes}.")
     if num_workers is not None and num_workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {num_workers}.")
-    tars = _find_tars(spec, index_dir, copies, trust_index)
+    tars = _find_tars(spec, index_dir, copies, trust_index, extras)
     folders = {tar.path.parent: index_dir or tar.path.parent for tar in tars}
     known = {folder: read_entries(folder) for folder in set(folders.values())}
     excluded = {folder: read_excluded(folder) for folder in known}
@@ -197,7 +205,7 @@ def index_sound_shards(
     stale: list[_Stale] = []
     for tar in tars:
         folder = folders[tar.path.parent]
-        rows_path = folder / f"{_rows_name(tar, shared=index_dir is not None)}.idx.npy"
+        rows_path = folder / _rows_name(tar, extras, shared=index_dir is not None)
         keys = excluded[folder].get(tar.name, frozenset())
         entry = known[folder].get(rows_path.name)
         is_current = entry is not None and (Version(entry.tar_bytes, entry.tar_version), entry.excluded_sha256) == (
@@ -211,7 +219,8 @@ def index_sound_shards(
     if stale:
         for folder in known:
             make_index_folder(folder)
-        task = partial(_index_shard, allow_missing_stats=allow_missing_stats, max_member_bytes=max_member_bytes)
+        options: dict[str, Any] = {"allow_missing_stats": allow_missing_stats, "max_member_bytes": max_member_bytes}
+        task = partial(_index_shard, **options, extras=extras)
         try:
             for number, result in enumerate(_run(task, stale, num_workers), 1):
                 if isinstance(result, DataError):
@@ -227,7 +236,11 @@ def index_sound_shards(
 
 
 def _find_tars(
-    spec: str | Sequence[str], index_dir: Path | None, copies: LocalCopies | None, trust_index: bool
+    spec: str | Sequence[str],
+    index_dir: Path | None,
+    copies: LocalCopies | None,
+    trust_index: bool,
+    extras: Collection[Extra],
 ) -> list[LocalFile | RemoteFile]:
     """The tars of ``spec`` in order, local ones as :func:`find_shards` has them."""
     items = [spec] if isinstance(spec, str) else list(spec)
@@ -246,7 +259,7 @@ def _find_tars(
             tars += [LocalFile.find(path) for path in find_shards(item)]
             continue
         for url, version in find_remote(item, patience_seconds=patience, ask=not trust_index).items():
-            entry = entries.get(f"{_rows_name(RemoteFile(url, Version(0, ''), copies), shared=True)}.idx.npy")
+            entry = entries.get(_rows_name(RemoteFile(url, Version(0, ""), copies), extras, shared=True))
             version = Version(entry.tar_bytes, entry.tar_version) if entry else version
             tars.append(RemoteFile(url, version or ask_version(url, patience_seconds=patience), copies))
     twice = [name for name, count in Counter(tar.location for tar in tars).items() if count > 1]
@@ -270,22 +283,26 @@ def _run(task: partial[Shard | DataError], stale: list[_Stale], num_workers: int
         yield from bar(pool.map(task, stale, chunksize=4))
 
 
-def _index_shard(stale: _Stale, *, allow_missing_stats: bool, max_member_bytes: int) -> Shard | DataError:
+def _index_shard(
+    stale: _Stale, *, allow_missing_stats: bool, max_member_bytes: int, extras: Collection[Extra]
+) -> Shard | DataError:
     """Index one shard; a refusal is handed back, so that one bad shard does not end the work on the others."""
     try:
-        return _index_sound_shard(stale, allow_missing_stats, max_member_bytes)
+        return _index_sound_shard(stale, allow_missing_stats, max_member_bytes, extras)
     except DataError as error:
         return error
     except OSError as error:
         return DataError(f"{stale[0].location}: cannot be indexed: {error}")
 
 
-def _index_sound_shard(stale: _Stale, allow_missing_stats: bool, max_member_bytes: int) -> Shard:
+def _index_sound_shard(
+    stale: _Stale, allow_missing_stats: bool, max_member_bytes: int, extras: Collection[Extra]
+) -> Shard:
     tar, rows_path, excluded = stale
     num_written = 0 if allow_missing_stats else _num_written(tar)
     descriptor = tar.open()  # keeps a copy from being evicted
     try:
-        found = scan(tar.path, max_member_bytes=max_member_bytes, excluded=excluded)
+        found = scan(tar.path, max_member_bytes=max_member_bytes, excluded=excluded, extras=extras)
     except DataError as error:
         raise DataError(str(error).replace(str(tar.path), tar.location)) from error
     finally:
@@ -311,6 +328,8 @@ def _index_sound_shard(stale: _Stale, allow_missing_stats: bool, max_member_byte
         min_short_side=int(known.min()) if len(known) else 0,
         max_short_side=int(known.max()) if len(known) else 0,
         rows_sha256=hashlib.sha256(found.rows.tobytes()).hexdigest(),
+        extras=list(found.extras),
+        found_extras=list(found.found_extras),
     )
     return Shard(tar, rows_path, entry)
 
@@ -365,10 +384,13 @@ def _hash_keys(keys: frozenset[str]) -> str:
     return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16] if keys else ""
 
 
-def _rows_name(tar: LocalFile | RemoteFile, *, shared: bool) -> str:
+def _rows_name(tar: LocalFile | RemoteFile, extras: Collection[Extra], *, shared: bool) -> str:
+    """Another one for other extras: runs that need them and runs that do not may use the shards at once."""
     if isinstance(tar, LocalFile):
-        return name_beside(tar.path, shared=shared)
-    return f"{Path(tar.name).stem}-{hashlib.sha256(tar.location.encode()).hexdigest()[:8]}"
+        name = name_beside(tar.path, shared=shared)
+    else:
+        name = f"{Path(tar.name).stem}-{hashlib.sha256(tar.location.encode()).hexdigest()[:8]}"
+    return ".".join([name, *(extra for extra in EXTRAS if extra in extras), "idx.npy"])
 
 
 def name_beside(path: Path, *, shared: bool) -> str:

@@ -2,10 +2,10 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ipa_train.data.scan import Content
+from ipa_train.data.scan import Content, Extra
 from ipa_train.errors import ConfigError
 from ipa_train.runtime.files import atomic_write
 
@@ -21,7 +21,7 @@ class ShardEntry:
     """Modification time of a local tar, in ns; the ETag of a remote one, or what its server has in place of it."""
     num_samples: int
     num_incomplete: int
-    """Samples without an image or without a caption; they are left out."""
+    """Samples without an image, a caption, or one of the extras; they are left out."""
     num_excluded: int
     excluded_sha256: str
     """Hash of the keys that the exclude lists named, found or not."""
@@ -30,6 +30,10 @@ class ShardEntry:
     """Of the pictures whose size can be read, in pixels; 0 if there are none."""
     max_short_side: int
     rows_sha256: str
+    extras: list[Extra] = field(default_factory=list)
+    """What each row places besides; samples without it are incomplete."""
+    found_extras: list[Extra] = field(default_factory=list)
+    """What any of the samples holds besides."""
 
 
 def make_index_folder(folder: Path) -> None:

@@ -4,12 +4,14 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray
 
 from ipa_train.data.buckets import Bucket, shard_buckets
 from ipa_train.data.index import Index
+from ipa_train.data.scan import Extra
 from ipa_train.data.tar import BLOCK
 from ipa_train.errors import DataError
 
@@ -25,6 +27,16 @@ class _OpenShard:
     rows: ndarray
     by_bucket: list[ndarray]
     """Row numbers of each bucket, where the shard's pictures fall into several; else empty."""
+
+
+class StoredSample(NamedTuple):
+    """One sample as it is stored."""
+
+    content: bytes
+    caption: str
+    key: str
+    extras: dict[Extra, bytes]
+    """What its index places besides."""
 
 
 class ShardReader:
@@ -44,18 +56,20 @@ class ShardReader:
         """Row of the shard's ``number``-th sample in a bucket. Raises DataError as :meth:`read` does."""
         return int(self._shard(shard).by_bucket[bucket][number]) if self.buckets else number
 
-    def read(self, shard: int, row: int) -> tuple[bytes, str, str]:
-        """Return (content bytes, caption, key).
+    def read(self, shard: int, row: int) -> StoredSample:
+        """Read a sample, with one system call.
 
         Raises:
             DataError: the shard cannot be read or is shorter than its index says, or the caption is no UTF-8.
         """
         opened = self._shard(shard)
-        offset, length, content_start, content_length, text_start, text_length, *_ = opened.rows.item(row)
+        offset, length, content_start, content_length, text_start, text_length, _, _, _, *places = opened.rows.item(row)
         data = _pread(opened.descriptor, length, offset)
         content = data[content_start : content_start + content_length]
         caption = _decode_caption(data[text_start : text_start + text_length])
-        return content, caption, _key(data[content_start - BLOCK : content_start])
+        parts = (data[start : start + size] for start, size in zip(places[::2], places[1::2], strict=True))
+        extras = dict(zip(self.index.shards[shard].entry.extras, parts, strict=True))
+        return StoredSample(content, caption, _key(data[content_start - BLOCK : content_start]), extras)
 
     def caption(self, shard: int, row: int) -> str:
         """A sample's caption alone. Raises DataError as :meth:`read` does."""

@@ -1,10 +1,11 @@
 """One tar -> one row per complete sample: where its content and caption lie, and how large its picture is.
 
-A sample's content is its picture, or the features that the frozen encoders made of it (``cache.py``).
+A sample's content is its picture, or the features that the frozen encoders made of it (``cache.py``). What else the
+image prompt is made of has fixed names: ``KEY.ref.jpg`` (or .jpeg, .png, .webp), ``KEY.mask.png`` and ``KEY.npy``.
 """
 
 import os
-from collections.abc import Container
+from collections.abc import Collection, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,9 +18,12 @@ from ipa_train.data.decode import stored_size
 from ipa_train.errors import DataError
 
 Content = Literal["pictures", "features"]
+Extra = Literal["reference", "mask", "embedding"]
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT_SUFFIX = "txt"
 FEATURES_SUFFIX, FLIPPED_SUFFIX = "safetensors", "flipped.safetensors"
+EXTRAS: dict[Extra, str] = {"reference": "ref.*", "mask": "mask.png", "embedding": "npy"}
+"""Suffixes of what a sample may hold besides, in the order of :data:`Extra`."""
 ROW = np.dtype(
     [
         ("offset", "<u8"),  # of the sample's first byte in the tar
@@ -36,6 +40,25 @@ ROW = np.dtype(
 _HEAD_BYTES = 4096  # holds the size of nearly every picture
 
 
+def row_type(extras: Collection[str]) -> np.dtype:
+    """Of a row that also places these :data:`EXTRAS`: :data:`ROW`, and start and length of each, as of the caption."""
+    return np.dtype(ROW.descr + [(f"{extra}_{what}", "<u4") for extra in extras for what in ("start", "length")])
+
+
+def lacks(extras: Collection[str]) -> str:
+    """What a sample without any of its needed parts is told to be without, after "without "."""
+    names = ["an image", "a caption", *(f"KEY.{EXTRAS[extra]}" for extra in EXTRAS if extra in extras)]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def member_kind(suffix: str) -> str:
+    """What a member is, by what follows the first dot of its name: "content", one of :data:`EXTRAS`, or its suffix."""
+    kind = suffix.lower()
+    if kind in IMAGE_SUFFIXES or kind == FEATURES_SUFFIX:
+        return "content"
+    return EXTRAS["reference"] if kind.removeprefix("ref.") in IMAGE_SUFFIXES else kind
+
+
 @dataclass(frozen=True)
 class Scan:
     """What a tar holds."""
@@ -44,10 +67,16 @@ class Scan:
     content: Content
     num_incomplete: int
     num_excluded: int
+    extras: tuple[Extra, ...]
+    """What each row places besides."""
+    found_extras: tuple[Extra, ...]
+    """What any sample holds besides."""
 
 
-def scan(path: Path, *, max_member_bytes: int, excluded: Container[str] = ()) -> Scan:
+def scan(path: Path, *, max_member_bytes: int, excluded: Container[str] = (), extras: Collection[Extra] = ()) -> Scan:
     """Find all complete samples of a tar but those whose key is ``excluded``.
+
+    A sample of a picture is complete only if it has all ``extras``; features have no use for them.
 
     Raises:
         DataError: a damaged tar (see :func:`tar.walk`), a key that comes twice, no complete sample, or pictures beside
@@ -55,19 +84,35 @@ def scan(path: Path, *, max_member_bytes: int, excluded: Container[str] = ()) ->
     """
     samples = find_samples(path, max_member_bytes=max_member_bytes)
     complete = {key: found for key, found in samples.items() if "content" in found and TEXT_SUFFIX in found}
+    needed = tuple(extra for extra in EXTRAS if extra in extras)
+    if any(_content(found["content"]) == "features" for found in complete.values()):
+        needed = ()
+    suffixes = {EXTRAS[extra] for extra in needed}
+    complete = {key: found for key, found in complete.items() if suffixes <= found.keys()}
     kept = [found for key, found in complete.items() if key not in excluded]
     kinds = {_content(found["content"]) for found in complete.values()}
     if len(kinds) > 1:
         raise DataError(f"{path}: holds both pictures and cached features; keep them in shards of their own.")
     if not complete:
-        raise DataError(f"{path}: no sample with both an image ({'/'.join(IMAGE_SUFFIXES)}) and a .txt caption.")
+        besides = "".join(f" and KEY.{suffix}" for suffix in EXTRAS.values() if suffix in suffixes)
+        raise DataError(
+            f"{path}: no sample with both an image ({'/'.join(IMAGE_SUFFIXES)}) and a .txt caption{besides}."
+        )
     content: Content = kinds.pop() if kinds else "pictures"
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        rows = np.array([_row(found, descriptor, content, path) for found in kept], dtype=ROW)
+        rows = [_row(found, descriptor, content, path, needed) for found in kept]
     finally:
         os.close(descriptor)
-    return Scan(rows, content, len(samples) - len(complete), len(complete) - len(kept))
+    found_extras = tuple(extra for extra in EXTRAS if any(EXTRAS[extra] in found for found in samples.values()))
+    return Scan(
+        rows=np.array(rows, dtype=row_type(needed)),
+        content=content,
+        num_incomplete=len(samples) - len(complete),
+        num_excluded=len(complete) - len(kept),
+        extras=needed,
+        found_extras=found_extras,
+    )
 
 
 def find_samples(path: Path, *, max_member_bytes: int) -> dict[str, dict[str, tar.Member]]:
@@ -80,9 +125,7 @@ def find_samples(path: Path, *, max_member_bytes: int) -> dict[str, dict[str, ta
     last = ""
     for member in tar.walk(path, max_member_bytes=max_member_bytes):
         key, _, suffix = member.name.partition(".")
-        kind = suffix.lower()
-        if kind in IMAGE_SUFFIXES or kind == FEATURES_SUFFIX:
-            kind = "content"
+        kind = member_kind(suffix)
         if key in samples and (key != last or kind in samples[key]):
             raise DataError(f"{path}: the key {key!r} appears twice; keys must be unique in a shard.")
         samples.setdefault(key, {})[kind] = member
@@ -94,9 +137,12 @@ def _content(member: tar.Member) -> Content:
     return "features" if member.name.endswith(FEATURES_SUFFIX) else "pictures"
 
 
-def _row(found: dict[str, tar.Member], descriptor: int, content: Content, path: Path) -> tuple[int, ...]:
+def _row(
+    found: dict[str, tar.Member], descriptor: int, content: Content, path: Path, extras: Collection[Extra]
+) -> tuple[int, ...]:
     picture, text, flipped = found["content"], found[TEXT_SUFFIX], found.get(FLIPPED_SUFFIX)
-    used = [picture, text] + ([flipped] if flipped else [])
+    besides = [found[EXTRAS[extra]] for extra in extras]
+    used = [picture, text, *besides] + ([flipped] if flipped else [])
     offset = min(member.start for member in used)
     end = max(member.data_offset + member.size for member in used)
     if flipped and flipped.size != picture.size:
@@ -112,6 +158,7 @@ def _row(found: dict[str, tar.Member], descriptor: int, content: Content, path: 
         flipped.data_offset - offset if flipped else 0,
         width,
         height,
+        *(number for member in besides for number in (member.data_offset - offset, member.size)),
     )
 
 

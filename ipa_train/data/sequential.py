@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import get_worker_info
 
+from ipa_train.data.augmentation import ReferenceAugmentation
 from ipa_train.data.buckets import make_buckets
 from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.data.index import Index
@@ -50,7 +51,7 @@ class SequentialDataset(StreamDataset):
             try:
                 if sample.error:
                     raise DataError(sample.error)
-                batch.fill(i, sample.image)
+                batch.fill(i, sample.image, sample.extras)
                 caption = sample.caption.decode().strip()
                 return caption, f"{PurePosixPath(sample.source).name}/{sample.key}"
             except (DataError, UnicodeDecodeError) as error:
@@ -73,7 +74,12 @@ class SequentialDataModule(StreamingDataModule):
         shards: str | Sequence[str],
         global_batch_size: int,
         resolution: int,
-        image_prompt_size: int = 224,
+        image_prompt_size: int | None = 224,
+        image_prompt: str = "picture",
+        reference_mask: str = "none",
+        reference_mask_margin: float = 0.1,
+        reference_augment: ReferenceAugmentation | None = None,
+        embedding_shape: Sequence[int] | None = None,
         batch_size: int | None = None,
         crop: str = "center",
         flip_rate: float = 0.0,
@@ -94,6 +100,11 @@ class SequentialDataModule(StreamingDataModule):
             global_batch_size=global_batch_size,
             resolution=resolution,
             image_prompt_size=image_prompt_size,
+            image_prompt=image_prompt,
+            reference_mask=reference_mask,
+            reference_mask_margin=reference_mask_margin,
+            reference_augment=reference_augment,
+            embedding_shape=embedding_shape,
             batch_size=batch_size,
             crop=crop,
             flip_rate=flip_rate,
@@ -128,7 +139,7 @@ class SequentialDataModule(StreamingDataModule):
             ShardReader(self.index),
             buckets,
             decoder=self.decoder,
-            image_prompt_size=self.image_prompt_size,
+            image_prompts=self.image_prompts,
             crop=self.crop,
             flip_rate=self.flip_rate,
             seed=self.seed,
@@ -154,5 +165,6 @@ class SequentialDataModule(StreamingDataModule):
             shuffle_size=self.shuffle_size,
             max_member_bytes=self.max_member_bytes,
             patience_seconds=self.patience_seconds,
+            extras=self.image_prompts.extras,
         )
         return SequentialDataset(self.stream, samples)

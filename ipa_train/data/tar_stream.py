@@ -2,7 +2,7 @@
 
 import random
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -14,7 +14,7 @@ from webdataset.shardlists import ResampledShards, expand_urls
 from ipa_train.data.find import find_shards
 from ipa_train.data.plan import keyed_generator
 from ipa_train.data.remote import ask_version, find_remote, is_remote, read_piece, without_query
-from ipa_train.data.scan import IMAGE_SUFFIXES, TEXT_SUFFIX
+from ipa_train.data.scan import EXTRAS, FEATURES_SUFFIX, TEXT_SUFFIX, Extra, lacks, member_kind
 from ipa_train.data.tar import BLOCK
 from ipa_train.errors import ConfigError, DataError
 
@@ -50,6 +50,7 @@ class Sample(NamedTuple):
     key: str
     image: bytes
     caption: bytes
+    extras: dict[Extra, bytes]
     error: str = ""
 
 
@@ -64,7 +65,9 @@ class SampleReader:
         shuffle_size: int,
         max_member_bytes: int,
         patience_seconds: float,
+        extras: Collection[Extra] = (),
     ) -> None:
+        self.extras = {extra: suffix for extra, suffix in EXTRAS.items() if extra in extras}
         self.sources, self.seed, self.shuffle_size = list(sources), tuple(seed), shuffle_size
         self.max_member_bytes, self.patience_seconds = max_member_bytes, patience_seconds
 
@@ -82,19 +85,20 @@ class SampleReader:
                 is_empty = True
                 for key, members in self._groups(stream):
                     is_empty = False
-                    image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), b"")
-                    lacking = "" if image and TEXT_SUFFIX in members else "has no image or no caption"
-                    yield Sample(name, key, image, members.get(TEXT_SUFFIX, b""), lacking)
+                    needed = ("content", TEXT_SUFFIX, *self.extras.values())
+                    lacking = "" if all(kind in members for kind in needed) else f"is without {lacks(self.extras)}"
+                    extras = {extra: members.get(suffix, b"") for extra, suffix in self.extras.items()}
+                    yield Sample(name, key, members.get("content", b""), members.get(TEXT_SUFFIX, b""), extras, lacking)
                 stream.require_end()
                 if is_empty:
                     raise DataError("holds no picture and no caption")
         except (DataError, OSError, EOFError, tarfile.TarError) as error:
             if isinstance(error.__context__, GeneratorExit):  # a command that fails since nobody reads on
                 return
-            yield Sample(name, "", b"", b"", str(error) or type(error).__name__)
+            yield Sample(name, "", b"", b"", {}, str(error) or type(error).__name__)
 
     def _groups(self, stream: "_TarSource") -> Iterator[tuple[str, dict[str, bytes]]]:
-        """Keys with their images and captions; nothing else is read."""
+        """Keys with their images, captions and what is needed besides, by kind; nothing else is read."""
         current, members = "", dict[str, bytes]()
         with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
             for member in tar:
@@ -104,12 +108,14 @@ class SampleReader:
                     yield current, members
                     members = {}
                 current = key
-                if not member.isreg() or suffix.lower() not in (*IMAGE_SUFFIXES, TEXT_SUFFIX):
+                kind = member_kind(suffix)
+                is_needed = kind in ("content", TEXT_SUFFIX, *self.extras.values())
+                if not member.isreg() or not is_needed or suffix.lower() == FEATURES_SUFFIX:
                     continue
                 if member.size > self.max_member_bytes:
                     raise DataError(f"{member.name} claims {member.size} bytes, above data.max_member_bytes")
                 content = tar.extractfile(member)
-                members[suffix.lower()] = content.read() if content else b""
+                members[kind] = content.read() if content else b""
         if members:
             yield current, members
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ipa_train.adapter.adapter import IPAdapter
 from ipa_train.adapter.projector import Projector
 from ipa_train.bases import Base, LatentPosterior, MicroConditioning
-from ipa_train.conditioning import CLIPImageEncoder
+from ipa_train.conditioning import ImageEncoder
 from ipa_train.conditioning.dropout import ConditionDropout, Dropped
 from ipa_train.data.batch import Batch, Pictures
 from ipa_train.data.cache import encoders_identity
@@ -37,7 +37,7 @@ class AdapterTraining(lightning.LightningModule):
         self,
         *,
         base: Base,
-        image_encoder: CLIPImageEncoder,
+        image_encoder: ImageEncoder,
         projector: Callable[..., Projector],
         objective: Callable[..., Objective],
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
@@ -97,13 +97,11 @@ class AdapterTraining(lightning.LightningModule):
         content = batch.content
         if isinstance(content, Pictures):
             kinds = self.adapter.projector.feature_kinds
-            features = tuple(self.image_encoder.encode(content.image_prompts, kind) for kind in kinds)
+            features = self.image_encoder.features(content.image_prompts, kinds, embeddings=content.embeddings)
             return self.base.vae.encode(content.pixels), features
         mean = content.latents_mean.float()
         std = torch.zeros_like(mean) if content.latents_std is None else content.latents_std.float()
-        features = tuple(
-            x.to(null.dtype) for x, null in zip((content.image_features,), self.null_features, strict=True)
-        )
+        features = tuple(x.to(null.dtype) for x, null in zip(content.image_features, self.null_features, strict=True))
         return LatentPosterior(mean, std), features
 
     def encoders_identity(self) -> dict[str, Any]:

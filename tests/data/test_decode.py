@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from ipa_train.data.decode import Decoder, decode, decode_image, stored_size
+from ipa_train.data.decode import Decoder, decode, decode_image, fill_image_prompt, stored_size
 from ipa_train.errors import DataError
 from tests.data.conftest import encode
 
@@ -31,7 +31,8 @@ def decode_at(data, *, resolution=64, image_prompt_size=32, **options):
     size = resolution if isinstance(resolution, tuple) else (resolution, resolution)
     pixels = np.empty((*size, 3), np.uint8)
     prompt = np.empty((image_prompt_size, image_prompt_size, 3), np.uint8)
-    placement = Decoder()(data, pixels=pixels, image_prompt=prompt, **options)
+    placement, picture = Decoder()(data, pixels=pixels, **options)
+    fill_image_prompt(prompt, picture, flip=options.get("flip", False), max_pixels=10**8)
     return pixels, prompt, placement
 
 

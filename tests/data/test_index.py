@@ -40,7 +40,7 @@ def test_finds_and_reads_every_sample(shards):
     for shard in range(3):
         with tarfile.open(built.shards[shard].path) as tar:
             for row in range(int(built.counts[shard])):
-                image, caption, key = reader.read(shard, row)
+                image, caption, key, _ = reader.read(shard, row)
                 assert image == tar.extractfile(f"{key}.jpg").read()
                 assert caption == tar.extractfile(f"{key}.txt").read().decode()
 
@@ -193,7 +193,7 @@ def test_other_members_are_never_touched(tmp_path):
     """webdataset would unpickle `.pyd`; here only the image and the caption are read."""
     pickle = b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR."
     one_tar(tmp_path, [("a.jpg", encode(picture(0))), ("a.pyd", pickle), ("a.pth", pickle), ("a.txt", b"caption")])
-    image, caption, key = ShardReader(index(tmp_path)).read(0, 0)
+    image, caption, key, _ = ShardReader(index(tmp_path)).read(0, 0)
     assert (image, caption, key) == (encode(picture(0)), "caption", "a")
     assert not (tmp_path / "owned").exists()
 

@@ -93,7 +93,7 @@ def test_bad_samples_and_broken_sources_are_counted(tmp_path):
     assert all(len(loaded.batch) == 8 for loaded in batches)
     errors = {(bad.shard, bad.key): bad.error for loaded in batches for bad in loaded.bad}
     first = str(tmp_path / "00000.tar")
-    assert errors.pop((first, "nojpg")) == "has no image or no caption"
+    assert errors.pop((first, "nojpg")) == "is without an image or a caption"
     assert errors.pop((first, "broken")).startswith("cannot decode")
     assert "utf-8" in errors.pop((first, "latin"))
     assert errors.pop((str(path), "")) == "ends without the mark of a tar's end: it is cut"

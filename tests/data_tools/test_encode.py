@@ -1,20 +1,25 @@
 """The feature cache holds what training would have computed, whole, and says what it lacks."""
 
+import io
 import json
 import multiprocessing
 import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data_tools.encode import CacheWriter
+from ipa_train.data.augmentation import ReferenceAugmentation
 from ipa_train.data.batch import Features
 from ipa_train.data.cache import encoders_identity
 from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.errors import ConfigError, DataError
-from tests.data.conftest import write_shards
+from tests.data.conftest import encode as encode_picture
+from tests.data.conftest import picture, write_shard, write_shards
 
 SIZES = [(48, 40), (40, 64), (64, 40), (24, 72)]
 BUCKETS = {"bucket_step": 8, "max_aspect_ratio": 4.0, "min_bucket_rate": 0.0}
@@ -44,14 +49,16 @@ def make_data(image_encoder, identity):
 def make_writer(base, image_encoder, make_data):
     def make(shards, out, *, writer_options=None, **options):
         def encode(pictures):
-            return base.vae.encode(pictures.pixels), image_encoder.encode(pictures.image_prompts, "pooled")
+            return base.vae.encode(pictures.pixels), (image_encoder.encode(pictures.image_prompts, "pooled"),)
 
         precision = {"vae": "float32", "image_encoder": "float32"}
         options = {"out": out, "precision": precision, "batch_size": 3} | (writer_options or {})
         return CacheWriter(make_data(shards, **data_options(options)), encode, **options)
 
     def data_options(options):
-        return {name: options.pop(name) for name in list(options) if name in BUCKETS or name == "num_workers"}
+        return {
+            name: options.pop(name) for name in list(options) if name in {*BUCKETS, "num_workers", "reference_augment"}
+        }
 
     return lambda shards, out, **options: make(shards, out, writer_options=options)
 
@@ -84,7 +91,80 @@ def test_a_cache_gives_what_the_encoders_give(
         torch.testing.assert_close(off.content.latents_mean.float(), posterior.mean, **tolerance)
         torch.testing.assert_close(off.content.latents_std.float(), posterior.std, **tolerance)
         features = image_encoder.encode(on.content.image_prompts, "pooled")
-        torch.testing.assert_close(off.content.image_features.float(), features, **tolerance)
+        torch.testing.assert_close(off.content.image_features[0].float(), features, **tolerance)
+
+
+@pytest.fixture
+def paired(tmp_path):
+    """Samples with a reference, its mask, and an embedding of four numbers."""
+    levels = np.zeros((40, 48), np.uint8)
+    levels[8:30, 10:34] = 255
+    for shard in range(2):
+        samples = {}
+        for i in range(6):
+            array = io.BytesIO()
+            np.save(array, np.full(4, i, np.float32))
+            extras = {"npy": array.getvalue(), "mask.png": encode_picture(Image.fromarray(levels), "PNG")}
+            reference = {"ref.jpg": encode_picture(picture(50 + i), quality=95)}
+            target = {"jpg": encode_picture(picture(10 * shard + i), quality=95), "txt": f"{i}"}
+            samples[f"{shard}{i}"] = target | extras | reference
+        write_shard(tmp_path / "paired", shard, samples)
+    return tmp_path / "paired"
+
+
+PROMPTS = {"image_prompt": "reference", "reference_mask": "crop", "embedding_shape": [4]}
+
+
+def test_a_cache_holds_features_of_each_kind(paired, tmp_path, make_data, base, image_encoder):
+    """Of masked references and of stored embeddings; the target's flip is not theirs."""
+
+    def features(pictures):
+        return pictures.embeddings, image_encoder.encode(pictures.image_prompts, "penultimate")
+
+    def encode(pictures):
+        return base.vae.encode(pictures.pixels), features(pictures)
+
+    data = make_data(paired, **PROMPTS)
+    list(CacheWriter(data, encode, out=tmp_path / "cache", precision={}, flip=True).run(range(2)))
+    options = PROMPTS | {"flip_rate": 0.5}
+    on_off = batches(make_data(paired, **options), 6), batches(make_data(tmp_path / "cache", **options), 6)
+    for on, off in zip(*on_off, strict=True):
+        assert on.captions == off.captions
+        for online, cached in zip(features(on.content), off.content.image_features, strict=True):
+            torch.testing.assert_close(cached.float(), online, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(
+            off.content.latents_mean.float(), base.vae.encode(on.content.pixels).mean, rtol=2e-3, atol=2e-3
+        )
+    for name, value, was in (
+        ("image_prompt", "picture", "reference"),
+        ("reference_mask", "background", "crop"),
+        ("reference_mask_margin", 0.5, 0.1),
+        ("embedding_shape", None, r"\[4\]"),
+    ):
+        with pytest.raises(ConfigError, match=rf"data\.{name}={value}, but .* was encoded with {name}={was}"):
+            _ = make_data(tmp_path / "cache", **PROMPTS | {name: value}).stream
+    data = make_data(paired, **PROMPTS | {"reference_mask": "background"})
+    other = CacheWriter(data, encode, out=tmp_path / "cache", precision={}, flip=True)
+    with pytest.raises(ConfigError, match="holds a cache of another kind: reference_mask was crop, now background"):
+        list(other.run([0]))
+
+
+def test_prompts_that_change_with_each_look_are_not_cached(pictures, tmp_path, make_writer, make_data):
+    augment = ReferenceAugmentation(flip_rate=0.5)
+    with pytest.raises(ConfigError, match=r"data\.reference_augment: .* cannot be cached"):
+        make_writer(pictures, tmp_path / "cache", reference_augment=augment)
+    list(make_writer(pictures, tmp_path / "cache").run(range(3)))
+    with pytest.raises(ConfigError, match=r"data\.reference_augment: .* cannot be cached"):
+        _ = make_data(tmp_path / "cache", reference_augment=augment).stream
+
+
+def test_caches_from_before_there_were_references_are_still_read(pictures, tmp_path, make_writer, make_data):
+    list(make_writer(pictures, tmp_path / "cache").run(range(3)))
+    path = tmp_path / "cache" / "cache.json"
+    new = ("image_prompt", "reference_mask", "reference_mask_margin", "embedding_shape")
+    description = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in description.items() if name not in new}))
+    assert len(batches(make_data(tmp_path / "cache"), 1)[0].content.image_features) == 1
 
 
 def test_an_unfinished_or_foreign_cache_is_refused_by_name(pictures, tmp_path, make_writer, make_data, identity):

@@ -1,6 +1,7 @@
 """Pictures and captions become shards, byte for byte; what cannot is named."""
 
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import tarfile
 import time
 from collections import Counter
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -64,6 +66,64 @@ def test_a_folder_byte_for_byte(photos, tmp_path):
         assert members["txt"].decode() == facts["caption"] == source.with_suffix(".txt").read_text().strip()
 
 
+def add_extras(folder, stem, *, size=(60, 44)):
+    """A reference with its mask, and an embedding; none has anything to do with the picture's own size."""
+    width, height = size
+    (folder / f"{stem}.ref.PNG").write_bytes(encode(picture(90, width=width, height=height), "PNG"))
+    (folder / f"{stem}.mask.png").write_bytes(encode(picture(91, width=60, height=44).convert("L"), "PNG"))
+    buffer = io.BytesIO()
+    np.save(buffer, np.ones(3, np.float16))
+    (folder / f"{stem}.npy").write_bytes(buffer.getvalue())
+
+
+def test_references_masks_and_embeddings_lie_beside_their_picture(photos, tmp_path):
+    add_extras(photos, "0")
+    add_extras(photos / "below", "5")
+    add_extras(photos, "2", size=(60, 40))
+    (photos / "lonely.npy").write_bytes(b"")
+    assert pack(photos, out=tmp_path / "out", max_bad_rate=0.5) == 0
+    samples = packed(tmp_path / "out")
+    with_extras = [key for key, members in samples.items() if "npy" in members]
+    assert [json.loads(samples[key]["json"])["source"] for key in with_extras] == ["0.jpg", "below/5.jpg"]
+    for key in with_extras:
+        assert samples[key].keys() == {"jpg", "txt", "json", "ref.png", "mask.png", "npy"}
+        assert samples[key]["ref.png"] == (photos / "0.ref.PNG").read_bytes()
+    (bad,) = report(tmp_path / "out")["bad"]
+    assert bad.endswith("2.jpg: its mask has 60 x 44 pixels, the picture it is for 60 x 40")
+    assert report(tmp_path / "out")["counts"][".npy files ignored"] == 1
+    index = build_index(str(tmp_path / "out"), extras=["reference", "mask", "embedding"])
+    assert index.counts.tolist() == [2]
+
+
+def test_two_references_of_one_picture_are_refused(photos, tmp_path, capfd):
+    add_extras(photos, "0")
+    (photos / "0.ref.jpg").write_bytes(encode(picture(9)))
+    assert pack(photos, out=tmp_path / "out") == 2
+    assert "0.ref.jpg: another reference of 0 lies beside it; keep one." in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".parquet"])
+def test_columns_of_a_table_name_them_too(photos, tmp_path, suffix):
+    """The same picture and caption with another reference is another sample."""
+    add_extras(photos, "0")
+    rows = [
+        {"image_file": "1.jpg", "text": "one", "other": "0.ref.PNG", "face": "0.npy"},
+        {"image_file": "1.jpg", "text": "one", "other": "2.jpg", "face": "0.npy"},
+        {"image_file": "1.jpg", "text": "one", "other": "gone.jpg", "face": "0.npy"},
+        {"image_file": "1.jpg", "text": "one", "other": "2.jpg", "face": "2.txt"},
+    ]
+    listed = table(photos / f"list{suffix}", rows)
+    options = {"reference_column": "other", "embedding_column": "face", "max_bad_rate": 0.5}
+    assert pack(listed, out=tmp_path / "out", **options) == 0
+    first, second = packed(tmp_path / "out").values()
+    assert first["ref.png"] == (photos / "0.ref.PNG").read_bytes()
+    assert second["ref.jpg"] == (photos / "2.jpg").read_bytes()
+    assert first["npy"] == second["npy"] == (photos / "0.npy").read_bytes()
+    gone, wrong = report(tmp_path / "out")["bad"]
+    assert "missing or unreadable references: 1.jpg" in gone.replace(f"{photos}/", "")
+    assert wrong.endswith("its embedding is no array of numpy.save")
+
+
 def table(path, rows):
     if path.suffix == ".json":
         path.write_text(json.dumps(rows))
@@ -112,7 +172,7 @@ def test_what_cannot_be_packed_is_left_out_by_name(photos, tmp_path, suffix):
     assert [line.replace(f"{photos}/", "") for line in report(out)["bad"]] == [
         "00000.tar/000000001: missing or unreadable pictures: none.jpg: No such file or directory",
         "00000.tar/000000002: damaged pictures: cut.jpg: cannot decode: Premature end of JPEG file",
-        "00000.tar/000000003: of other kinds than jpg/jpeg/png/webp: a.gif",
+        "00000.tar/000000003: pictures of other kinds than jpg/jpeg/png/webp: a.gif",
         f"00000.tar/000000004: without a picture's name: {photos}: {{}}",
         "00000.tar/000000005: without a caption: 1.jpg",
         "00000.tar/000000006: captions not in UTF-8: 2.jpg",
@@ -202,7 +262,7 @@ def test_other_peoples_shards_are_not_mixed_with(photos, tmp_path, capfd):
 
 def test_a_worker_reads_its_row_group_alone(photos, tmp_path):
     options = {"image_root": None, "image_column": "", "caption_column": "", "caption_suffix": ".txt"}
-    entries = list(find_entries(photos, ignored=Counter(), **options))
+    entries = list(find_entries(photos, ignored=Counter(), extra_columns={}, **options))
     listed = write_list(tmp_path / "list", iter(entries), shard_size=4)
     assert pq.ParquetFile(listed.path).num_row_groups == 2
     assert read_list(listed.path, 0) + read_list(listed.path, 1) == entries

@@ -168,12 +168,12 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(source, tmp_path):
     assert not list(out.glob(".tmp-*"))
 
 
-def test_bad_samples_are_left_out_counted_and_named(tmp_path, capsys):
+def test_bad_samples_are_left_out_counted_and_named(tmp_path, capfd):
     good = {f"{i:04d}": {"jpg": encode(picture(i), quality=95), "txt": "good"} for i in range(18)}
     bad = {"bad0": {"jpg": b"\xff\xd8 no picture", "txt": "x"}, "bad1": {"jpg": encode(picture(1)), "txt": b"\xff"}}
     path = write_shard(tmp_path / "source", 0, good | bad)
     assert reshard(path, tmp_path / "out") == 1
-    assert "2 samples are bad, above --max-bad-rate=0.0; first" in capsys.readouterr().out
+    assert "2 samples are bad, above --max-bad-rate=0.0; first" in capfd.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [text.split(": ")[0] for text in sorted(report["bad"])] == [f"{path}/bad{i}" for i in range(2)]
     assert (report["counts"]["samples"], report["counts"]["bad samples left out"]) == (18, 2)
@@ -181,10 +181,10 @@ def test_bad_samples_are_left_out_counted_and_named(tmp_path, capsys):
     assert reshard(path, tmp_path / "out", "--max-bad-rate", "0.1") == 0, "and a re-run still knows of them"
 
 
-def test_a_shard_without_a_single_sound_sample_is_not_written(tmp_path, capsys):
+def test_a_shard_without_a_single_sound_sample_is_not_written(tmp_path, capfd):
     path = write_shard(tmp_path / "source", 0, {"a": {"jpg": b"\xff\xd8 no picture", "txt": "x"}})
     assert reshard(path, tmp_path / "out", "--max-bad-rate", "1") == 1
-    assert "64x64-00000.tar: not written, all its samples are bad; first" in capsys.readouterr().out
+    assert "64x64-00000.tar: not written, all its samples are bad; first" in capfd.readouterr().out
     assert not contents(tmp_path / "out")
 
 
@@ -241,3 +241,45 @@ def test_other_folders_are_refused(source, tmp_path, capfd):
     ):
         assert reshard(shards, out) == 2
         assert message in capfd.readouterr().err
+
+
+@pytest.fixture
+def paired(tmp_path):
+    """Twelve samples with a reference, mask and embedding; the first has none of them, the second no mask."""
+    samples = {}
+    for i in range(12):
+        extras = {
+            "ref.webp": encode(picture(50 + i), "WEBP"),
+            "mask.png": encode(picture(70 + i).convert("L"), "PNG"),
+            "npy": bytes([i]),
+        }
+        samples[f"{i:03d}"] = {"jpg": encode(picture(i, width=96, height=90)), "txt": f"{i}"} | (extras if i else {})
+    del samples["001"]["mask.png"]
+    write_shard(tmp_path / "paired", 0, samples)
+    return samples, tmp_path / "paired"
+
+
+def test_what_a_sample_holds_besides_is_refused_or_carried_unchanged(paired, tmp_path, capfd):
+    samples, folder = paired
+    assert reshard(folder, tmp_path / "out") == 2
+    message = "00000.tar: holds KEY.ref.*, KEY.mask.png, KEY.npy: say what to keep, --carry reference mask embedding"
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert reshard(folder, tmp_path / "out", "--carry", "mask", "embedding") == 2
+    assert "masks of the pictures themselves would not fit the resized ones" in capfd.readouterr().err
+    for carried, num_incomplete in (("embedding reference", 1), ("reference mask embedding", 2), ("", 0)):
+        out = tmp_path / f"out-{carried}"
+        assert reshard(folder, out, "--carry", *carried.split()) == 0
+        assert (
+            json.loads((out / "report.json").read_text())["counts"]["incomplete samples of the source"]
+            == num_incomplete
+        )
+        found = 0
+        for path in out.glob("*.tar"):
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    key, _, suffix = member.name.partition(".")
+                    if suffix not in ("jpg", "txt"):
+                        assert tar.extractfile(member).read() == samples[key.rpartition("-")[2]][suffix]
+                        found += 1
+        assert found == len(carried.split()) * (12 - num_incomplete)

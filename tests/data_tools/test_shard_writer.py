@@ -27,7 +27,7 @@ def test_written_shards_are_indexed_and_read(tmp_path):
     write(tmp_path / "00000.tar")
     index = build_index(str(tmp_path))
     reader = ShardReader(index)
-    found = {key: (data, text) for data, text, key in (reader.read(0, row) for row in range(index.counts[0]))}
+    found = {key: (data, text) for data, text, key, _ in (reader.read(0, row) for row in range(index.counts[0]))}
     assert found == {key: (members["jpg"], members["txt"].decode()) for key, members in SAMPLES.items()}
 
 

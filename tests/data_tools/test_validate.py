@@ -1,5 +1,6 @@
 """Everything that training would stumble over is found beforehand, and bytes that rot afterwards."""
 
+import io
 import json
 import os
 
@@ -66,6 +67,31 @@ def test_bad_samples_are_named_and_can_be_left_out_of_training(tmp_path, shards)
     lines = (shards / "exclude-validate.txt").read_text().splitlines()
     assert {line.split(" # ")[0] for line in lines} == {f"00000.tar/{key}" for key in BAD} | {"00007.tar/kept"}
     assert build_index(str(shards)).counts.tolist() == [2, 5, 9]
+
+
+def test_references_masks_and_embeddings_are_read_where_they_are_needed(tmp_path):
+    array = io.BytesIO()
+    np.save(array, np.ones(4, np.float16))
+    extras = {"ref.jpg": JPG, "mask.png": encode(picture(1).convert("L"), "PNG"), "npy": array.getvalue()}
+    whole = GOOD | extras
+    samples = {
+        "good": whole,
+        "torn": whole | {"ref.jpg": JPG[:-100]},
+        "small": whole | {"mask.png": encode(picture(1, width=9).convert("L"), "PNG")},
+        "odd": whole | {"npy": b"no array"},
+        "lacks": GOOD,
+    }
+    write_shard(tmp_path, 0, samples)
+    assert validate(tmp_path) == 0
+    assert validate(tmp_path, "--needs", "embedding", "mask", "reference") == 1
+    found = report(tmp_path)
+    assert {sample["key"]: sample["why"].partition(":")[0] for sample in found["bad_samples"]} == {
+        "torn": "its reference",
+        "small": "its mask has 9 x 40 pixels, the picture it is for 48 x 40",
+        "odd": "its embedding is no array of numpy.save",
+    }
+    assert found["counts"] | {"samples": 4, "incomplete samples": 1, "shards validated before": 0} == found["counts"]
+    assert validate(tmp_path) == 0
 
 
 def test_a_shard_that_training_refuses_is_a_problem_and_the_others_are_validated(shards):
