@@ -68,7 +68,7 @@ class VisionModelEncoder(ImageEncoder):
         """Features of RGB 0..255 images: (b, f) pooled or (b, s, f) penultimate.
 
         Pictures of another size than ``image_size`` square are resized and cropped as CLIP's own processor does it, to
-        within 0.2 of 255 levels on average.
+        within 0.25 of 255 levels on average.
         """
         self.feature_dim(kind)
         if image_prompts is None:

@@ -1,5 +1,6 @@
 """Lines that use an adapter whose image encoder ``load_ip_adapter`` cannot hold: its features are computed here."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +48,7 @@ def paste_lines(identity: Mapping[str, Any], kind: FeatureKind) -> str:
     Raises:
         ExportError: the identity is not of an encoder that this version has.
     """
-    if "unet" in identity["diffusers_loader"]:
+    if "unet" in identity.get("diffusers_loader", ("unet",)):  # files that do not say were made with CLIP
         return ""
     encoder, embedding = str(identity.get("encoder")), identity.get("embedding")
     if encoder not in _OPTIONS:
@@ -80,8 +81,13 @@ def _constructor(identity: Mapping[str, Any], encoder: str) -> str:
     if encoder == "StoredEmbeddings":
         return f"{encoder}({_arguments(options)})"
     options |= {"subfolder": identity["subfolder"]} if identity["subfolder"] else {}
-    return f"{encoder}.from_pretrained({identity['name']!r}, {_arguments(options | {'dtype': 'float32'})})"
+    return f"{encoder}.from_pretrained({_literal(identity['name'])}, {_arguments(options | {'dtype': 'float32'})})"
 
 
 def _arguments(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+    return ", ".join(f"{name}={_literal(value)}" for name, value in options.items())
+
+
+def _literal(value: object) -> str:
+    """As Python would write it, and formatters: what is read from a file must not end a string before its time."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

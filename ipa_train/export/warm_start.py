@@ -113,5 +113,4 @@ def check_image_encoder(metadata: Mapping[str, str], image_encoder: ImageEncoder
 
 
 def _said(encoder: Mapping[str, Any], key: str) -> str:
-    value = encoder[key]
-    return f"{key.removesuffix('_sha256')} {value[:12] if key == 'weights_sha256' and value else value}"
+    return f"weights {str(encoder[key])[:12]}" if key == "weights_sha256" else f"{key} {encoder[key]}"

@@ -54,7 +54,7 @@ def encoders(tmp_path):
     return {
         "dino": DinoImageEncoder.from_pretrained(str(tmp_path / "dino"), dtype="float32", image_size=48, layer=-3),
         "siglip": SiglipImageEncoder.from_pretrained(str(tmp_path / "siglip"), dtype="float32"),
-        "stored": StoredEmbeddings(dim=8, name="o'clock", normalize=True),
+        "stored": StoredEmbeddings(dim=8, name='o"clock', normalize=True),
         "face": FaceImageEncoder.from_pretrained(str(tmp_path / "clip"), dtype="float32", dim=8, normalize=True),
         "clip": CLIPImageEncoder.from_pretrained(str(tmp_path / "clip"), dtype="float32"),
     }
@@ -112,6 +112,7 @@ def test_lines_for_a_face_set_what_it_looks_like_too(encoders, base, run_lines, 
 
 def test_what_the_loader_holds_needs_no_lines_and_what_is_unknown_gets_none(encoders):
     assert paste_lines(encoders["clip"].identity(), "pooled") == ""
+    assert paste_lines({"name": "of an older file", "weights_sha256": "0"}, "pooled") == ""
     with pytest.raises(
         ExportError, match=r"'DinoImageEncodr' is none of this version\. Did you mean 'DinoImageEncoder'"
     ):
