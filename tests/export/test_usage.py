@@ -77,7 +77,7 @@ def make_adapter(base, projector, feature_dim):
 )
 @torch.no_grad()
 def test_lines_give_the_tokens_of_training(name, projector, encoders, base, run_lines, tmp_path):
-    encoder, kind = encoders[name], projector.feature_kind
+    encoder, kind = encoders[name], projector.feature_kinds[0]
     adapter = make_adapter(base, projector, encoder.feature_dim(kind))
     write_export(tmp_path, adapter, base.attention_sites())
     defined = run_lines(paste_lines(encoder.identity(), kind))
@@ -86,7 +86,7 @@ def test_lines_give_the_tokens_of_training(name, projector, encoders, base, run_
     pixels = None if stored else torch.from_numpy(PIXELS).permute(2, 0, 1)[None]
     embeddings = torch.from_numpy(np.load("embedding.npy"))[None] if stored else None
     features = encoder.encode(pixels, kind, embeddings=embeddings)
-    own = adapter(torch.cat([encoder.null_features(kind), features]))
+    own = adapter(torch.cat([encoder.null_features(kind), features])).states
     (theirs,) = defined["pipe"].unet.encoder_hid_proj([defined["both"]])
     assert ((own - theirs[:, 0]).norm() / own.norm()).item() < 1e-5
 
