@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ipa_train.adapter.heads import merge_heads, split_heads
 from ipa_train.adapter.projector import Projector
-from ipa_train.adapter.sites import AttentionSite, ImageBranch
+from ipa_train.adapter.sites import AttentionSite, ImageBranch, Processor
 
 
 class ImageAttention(ImageBranch):
@@ -37,7 +37,7 @@ class ImageAttention(ImageBranch):
         branch.copy_text_weights(site.module.to_k, site.module.to_v)
         return branch
 
-    def processor(self, site: AttentionSite) -> "DecoupledCrossAttention":
+    def processor(self, site: AttentionSite) -> Processor:
         """The site's cross-attention with this branch added."""
         return DecoupledCrossAttention(self)
 

@@ -21,7 +21,8 @@ class FluxImageAttention(ImageAttention):
     All zero at the start, as XLabs trained theirs: there are no text projections of this width to start from (Flux's
     text enters its blocks in the width of the image stream), and the output goes into the stream without a gate, where
     random values would harm the base. At the first step only V has a gradient; V then tells tokens apart, and from the
-    second step on K and the projector have theirs.
+    second step on K and the projector have theirs. K's bias is there for the files' sake: it shifts all of a query's
+    scores alike, which softmax does not notice.
     """
 
     bias: ClassVar[bool] = True
@@ -34,7 +35,7 @@ class FluxImageAttention(ImageAttention):
             nn.init.zeros_(weight)
         return branch
 
-    def processor(self, site: AttentionSite) -> "FluxDecoupledAttention":
+    def processor(self, site: AttentionSite) -> Processor:
         """The site's attention, and this branch beside it."""
         return FluxDecoupledAttention(self, site.module.processor)
 

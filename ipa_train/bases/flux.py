@@ -152,7 +152,7 @@ class Flux(Base):
         return "black_image"
 
     def timestep_shift(self, latent_size: tuple[int, int]) -> float:
-        """exp(mu) where the scheduler shifts by the number of patches (dev); else the scheduler's own (1 for schnell)."""
+        """What the scheduler does for so many patches: exp(mu) where it asks for that (dev), else its own (1, schnell)."""
         config = self.scheduler.config
         return math.exp(self._mu(latent_size)) if config.use_dynamic_shifting else float(config.shift)
 

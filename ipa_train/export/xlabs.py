@@ -11,13 +11,18 @@ from torch import Tensor
 
 from ipa_train.errors import ExportError
 
+_PROJECTOR = r"((?:proj|norm)\.(?:weight|bias))"
 _FROM = {
-    r"ip_adapter_proj_model\.((?:proj|norm)\.(?:weight|bias))": r"image_proj.\1",
-    r"double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_([kv])_proj\.(weight|bias)": r"ip_adapter.\1.to_\2_ip.\3",
+    rf"ip_adapter_proj_model\.{_PROJECTOR}": r"image_proj.\1",
+    r"double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_([kv])_proj\.(weight|bias)": (
+        r"ip_adapter.\1.to_\2_ip.\3"
+    ),
 }
 _TO = {
-    r"image_proj\.((?:proj|norm)\.(?:weight|bias))": r"ip_adapter_proj_model.\1",
-    r"ip_adapter\.(\d+)\.to_([kv])_ip\.(weight|bias)": r"double_blocks.\1.processor.ip_adapter_double_stream_\2_proj.\3",
+    rf"image_proj\.{_PROJECTOR}": r"ip_adapter_proj_model.\1",
+    r"ip_adapter\.(\d+)\.to_([kv])_ip\.(weight|bias)": (
+        r"double_blocks.\1.processor.ip_adapter_double_stream_\2_proj.\3"
+    ),
 }
 
 
