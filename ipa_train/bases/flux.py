@@ -152,7 +152,7 @@ class Flux(Base):
         return "black_image"
 
     def timestep_shift(self, latent_size: tuple[int, int]) -> float:
-        """What the scheduler does for so many patches: exp(mu) where it asks for that (dev), else its own (1, schnell)."""
+        """The scheduler's: exp(mu) for so many patches where it asks for that (dev), else its constant (1, schnell)."""
         config = self.scheduler.config
         return math.exp(self._mu(latent_size)) if config.use_dynamic_shifting else float(config.shift)
 
