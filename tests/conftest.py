@@ -23,7 +23,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from ipa_train.bases import StableDiffusion
+from ipa_train.bases import Flux, StableDiffusion
 from ipa_train.bases.tiny import save_tiny_models
 from ipa_train.conditioning import CLIPImageEncoder
 
@@ -42,6 +42,18 @@ def tiny_models(tmp_path_factory):
 def tiny_sd21(tmp_path_factory):
     """Folders of a tiny random SD 2.1 (v-prediction) and of a tiny CLIP image encoder."""
     return save_tiny_models(tmp_path_factory.mktemp("models21"), "sd21")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory):
+    """Folders of a tiny random Flux (dev) and of a tiny CLIP image encoder."""
+    return save_tiny_models(tmp_path_factory.mktemp("models_flux"), "flux")
+
+
+@pytest.fixture
+def flux(tiny_flux):
+    """A fresh tiny Flux in fp32, with captions of 32 T5 tokens."""
+    return Flux.from_pretrained(str(tiny_flux[0]), dtype="float32", max_t5_tokens=32)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 Q is shared; K, V come from the text tokens through the frozen weights, K', V' from the image tokens through ours.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ipa_train.adapter.heads import merge_heads, split_heads
 from ipa_train.adapter.projector import Projector
-from ipa_train.adapter.sites import AttentionSite, ImageBranch
+from ipa_train.adapter.sites import AttentionSite, ImageBranch, Processor
 
 
 class ImageAttention(ImageBranch):
@@ -22,10 +22,13 @@ class ImageAttention(ImageBranch):
     start that the released adapters had.
     """
 
+    bias: ClassVar[bool] = False
+    """Whether the projections have biases, as some families' files do."""
+
     def __init__(self, *, hidden_dim: int, context_dim: int) -> None:
         super().__init__()
-        self.to_k_ip = nn.Linear(context_dim, hidden_dim, bias=False)
-        self.to_v_ip = nn.Linear(context_dim, hidden_dim, bias=False)
+        self.to_k_ip = nn.Linear(context_dim, hidden_dim, bias=self.bias)
+        self.to_v_ip = nn.Linear(context_dim, hidden_dim, bias=self.bias)
 
     @classmethod
     def for_site(cls, site: AttentionSite, projector: Projector) -> "ImageAttention":
@@ -34,7 +37,7 @@ class ImageAttention(ImageBranch):
         branch.copy_text_weights(site.module.to_k, site.module.to_v)
         return branch
 
-    def processor(self, site: AttentionSite) -> "DecoupledCrossAttention":
+    def processor(self, site: AttentionSite) -> Processor:
         """The site's cross-attention with this branch added."""
         return DecoupledCrossAttention(self)
 
@@ -48,12 +51,14 @@ class ImageAttention(ImageBranch):
         self, query: Float[Tensor, "b heads s e"], image_tokens: Float[Tensor, "b n d"]
     ) -> Float[Tensor, "b heads s e"]:
         """Attend from the shared queries to the image tokens, in the precision of the queries."""
-        # fp32 master weights serve a bf16 forward without autocast.
-        dtype, heads = query.dtype, query.shape[1]
-        tokens = image_tokens.to(dtype)
-        key = split_heads(F.linear(tokens, self.to_k_ip.weight.to(dtype)), heads)
-        value = split_heads(F.linear(tokens, self.to_v_ip.weight.to(dtype)), heads)
+        heads, tokens = query.shape[1], image_tokens.to(query.dtype)
+        key, value = (split_heads(project(tokens, linear), heads) for linear in (self.to_k_ip, self.to_v_ip))
         return F.scaled_dot_product_attention(query, key, value)
+
+
+def project(x: Float[Tensor, "b n c"], linear: nn.Linear) -> Float[Tensor, "b n d"]:
+    """Apply fp32 master weights in the precision of ``x``, without autocast."""
+    return F.linear(x, linear.weight.to(x.dtype), None if linear.bias is None else linear.bias.to(x.dtype))
 
 
 class DecoupledCrossAttention:

@@ -2,11 +2,13 @@
 
 from ipa_train.bases.base import Base, MicroConditioning, TextConditioning
 from ipa_train.bases.families import load_base
+from ipa_train.bases.flux import Flux
 from ipa_train.bases.sd import StableDiffusion
 from ipa_train.bases.vae import FrozenVAE, LatentPosterior
 
 __all__ = [
     "Base",
+    "Flux",
     "FrozenVAE",
     "LatentPosterior",
     "MicroConditioning",

@@ -1,6 +1,7 @@
 """Folders of diffusers pipelines, and complaints about them in one line."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ _CHOICES = {
     "StableDiffusionPipeline": "sd15 or base=sd21",
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
-    "FluxPipeline": "flux",
+    "FluxPipeline": "flux_dev or base=flux_schnell",
     "KolorsPipeline": "kolors",
 }
 
@@ -62,7 +63,8 @@ def require_pipeline_class(path: str, wanted: str, *, revision: str | None = Non
 def _family(name: str) -> str:
     """The longest family name that a pipeline's begins with: StableDiffusionXLInpaintPipeline is an SDXL."""
     stems = {known.removesuffix("Pipeline"): known for known in _CHOICES}
-    fitting = [stem for stem in stems if name.startswith(stem)]
+    # What follows must begin another word: Flux2Pipeline is no Flux.
+    fitting = [stem for stem in stems if re.match(rf"{stem}[A-Z]", name)]
     return stems[max(fitting, key=len)] if fitting else ""
 
 
