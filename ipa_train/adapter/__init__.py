@@ -3,6 +3,7 @@
 from ipa_train.adapter.adapter import IPAdapter
 from ipa_train.adapter.projector import LinearProjector, MLPProjector, Projector, Resampler
 from ipa_train.adapter.sites import AttentionSite, ImageBranch
+from ipa_train.adapter.time_resampler import TimeResampler
 from ipa_train.adapter.tokens import ImageTokens
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "MLPProjector",
     "Projector",
     "Resampler",
+    "TimeResampler",
 ]

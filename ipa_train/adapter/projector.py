@@ -102,11 +102,18 @@ class ResamplerLayer(nn.Module):
 
     def forward(self, features: Float[Tensor, "b s d"], latents: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Return the refined latents."""
-        queries = self.norm_latents(latents)
+        latents = latents + self.attend(features, self.norm_latents(latents))
+        return latents + self.feed_forward(self.norm_ff(latents))
+
+    def attend(self, features: Float[Tensor, "b s d"], queries: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """What normalised latents draw from the features and from each other."""
         key, value = self.to_kv(torch.cat([self.norm_features(features), queries], dim=1)).chunk(2, dim=-1)
         query, key, value = (split_heads(x, self.heads) for x in (self.to_q(queries), key, value))
-        latents = latents + self.to_out(merge_heads(F.scaled_dot_product_attention(query, key, value)))
-        return latents + self.ff_out(F.gelu(self.ff_in(self.norm_ff(latents))))
+        return self.to_out(merge_heads(F.scaled_dot_product_attention(query, key, value)))
+
+    def feed_forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Two linear layers with a GELU between them."""
+        return self.ff_out(F.gelu(self.ff_in(x)))
 
 
 class Resampler(Projector):
@@ -121,6 +128,7 @@ class Resampler(Projector):
     feature_kinds: ClassVar[tuple[FeatureKind, ...]] = ("penultimate",)
     depth: ClassVar[int] = 4
     dim_head: ClassVar[int] = 64
+    layer_class: ClassVar[type[ResamplerLayer]] = ResamplerLayer
     ff_mult: ClassVar[int] = 4
 
     def __init__(
@@ -141,7 +149,7 @@ class Resampler(Projector):
         self.latents = nn.Parameter(torch.randn(1, num_tokens, dim) / dim**0.5)
         self.proj_in = nn.Linear(feature_dim, dim)
         self.layers = nn.ModuleList(
-            ResamplerLayer(dim=dim, heads=heads, dim_head=self.dim_head, ff_mult=self.ff_mult)
+            self.layer_class(dim=dim, heads=heads, dim_head=self.dim_head, ff_mult=self.ff_mult)
             for _ in range(self.depth)
         )
         self.proj_out = nn.Linear(dim, context_dim)
@@ -149,8 +157,11 @@ class Resampler(Projector):
 
     def forward(self, image_features: Float[Tensor, "b s f"]) -> Float[Tensor, "b n d"]:
         """Resample the hidden states of an image to ``num_tokens`` tokens."""
-        features = self.proj_in(image_features.float())
+        return self.resample(self.proj_in(image_features.float()))
+
+    def resample(self, features: Float[Tensor, "b s d"], *conditions: Float[Tensor, "b d"]) -> Float[Tensor, "b n c"]:
+        """Run the layers on projected features; ``conditions`` are what the layers take beside them."""
         latents = self.latents.expand(len(features), -1, -1)
         for layer in self.layers:
-            latents = layer(features, latents)
+            latents = layer(features, latents, *conditions)
         return self.norm_out(self.proj_out(latents))

@@ -4,6 +4,7 @@ from ipa_train.bases.base import Base, MicroConditioning, TextConditioning
 from ipa_train.bases.families import load_base
 from ipa_train.bases.flux import Flux
 from ipa_train.bases.sd import StableDiffusion
+from ipa_train.bases.sd3 import StableDiffusion3
 from ipa_train.bases.vae import FrozenVAE, LatentPosterior
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LatentPosterior",
     "MicroConditioning",
     "StableDiffusion",
+    "StableDiffusion3",
     "TextConditioning",
     "load_base",
 ]

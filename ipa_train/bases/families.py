@@ -6,9 +6,10 @@ from ipa_train.bases.base import Base
 from ipa_train.bases.flux import Flux
 from ipa_train.bases.folders import pipeline_class
 from ipa_train.bases.sd import StableDiffusion
+from ipa_train.bases.sd3 import StableDiffusion3
 from ipa_train.errors import ConfigError
 
-FAMILIES: tuple[type[Base], ...] = (StableDiffusion, Flux)
+FAMILIES: tuple[type[Base], ...] = (StableDiffusion, StableDiffusion3, Flux)
 
 
 def load_base(path: str, **options: Any) -> Base:

@@ -97,7 +97,8 @@ def tiny_pipeline(family: str = "sd15", *, seed: int = 0) -> DiffusionPipeline:
     """A complete random pipeline.
 
     ``sd15`` (epsilon, text of width 64), ``sd21`` (v-prediction, 128), ``sdxl`` (two text encoders, 80), ``sd3`` (joint
-    attention of width 64, flow) or ``flux`` (joint attention of width 32, text of width 64, flow).
+    attention of width 64, flow), ``sd35m`` (the same with a second attention in its first blocks) or ``flux`` (joint
+    attention of width 32, text of width 64, flow).
     """
     return _FAMILIES[family](seed)
 
@@ -175,7 +176,7 @@ def _sdxl(seed: int) -> StableDiffusionXLPipeline:
     )
 
 
-def _sd3(seed: int) -> StableDiffusion3Pipeline:
+def _sd3(dual_attention_layers: tuple[int, ...], seed: int) -> StableDiffusion3Pipeline:
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -188,6 +189,7 @@ def _sd3(seed: int) -> StableDiffusion3Pipeline:
         caption_projection_dim=64,
         pooled_projection_dim=64,
         pos_embed_max_size=16,
+        dual_attention_layers=dual_attention_layers,
         qk_norm="rms_norm",
     )
     return StableDiffusion3Pipeline(
@@ -231,7 +233,8 @@ _FAMILIES: dict[str, Callable[[int], DiffusionPipeline]] = {
     "sd15": partial(_sd, _SD15, "epsilon"),
     "sd21": partial(_sd, _SD21, "v_prediction"),
     "sdxl": _sdxl,
-    "sd3": _sd3,
+    "sd3": partial(_sd3, ()),
+    "sd35m": partial(_sd3, (0, 1)),
     "flux": _flux,
 }
 

@@ -11,26 +11,41 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ipa_train.adapter import AttentionSite, IPAdapter, LinearProjector, MLPProjector, Projector, Resampler
+from ipa_train.adapter import (
+    AttentionSite,
+    IPAdapter,
+    LinearProjector,
+    MLPProjector,
+    Projector,
+    Resampler,
+    TimeResampler,
+)
 from ipa_train.adapter.adapter import branch_key
 
 # Our parameter names on the left, the interchange names on the right; {i} is a layer's number.
+_RESAMPLER_NAMES = {
+    "latents": "latents",
+    "proj_in": "proj_in",
+    "proj_out": "proj_out",
+    "norm_out": "norm_out",
+    "layers.{i}.norm_features": "layers.{i}.0.norm1",
+    "layers.{i}.norm_latents": "layers.{i}.0.norm2",
+    "layers.{i}.to_q": "layers.{i}.0.to_q",
+    "layers.{i}.to_kv": "layers.{i}.0.to_kv",
+    "layers.{i}.to_out": "layers.{i}.0.to_out",
+    "layers.{i}.norm_ff": "layers.{i}.1.0",
+    "layers.{i}.ff_in": "layers.{i}.1.1",
+    "layers.{i}.ff_out": "layers.{i}.1.3",
+}
 _PROJECTOR_NAMES: dict[type[Projector], dict[str, str]] = {
     LinearProjector: {"proj": "proj", "norm": "norm"},
     MLPProjector: {"hidden": "proj.0", "proj": "proj.2", "norm": "proj.3"},
-    Resampler: {
-        "latents": "latents",
-        "proj_in": "proj_in",
-        "proj_out": "proj_out",
-        "norm_out": "norm_out",
-        "layers.{i}.norm_features": "layers.{i}.0.norm1",
-        "layers.{i}.norm_latents": "layers.{i}.0.norm2",
-        "layers.{i}.to_q": "layers.{i}.0.to_q",
-        "layers.{i}.to_kv": "layers.{i}.0.to_kv",
-        "layers.{i}.to_out": "layers.{i}.0.to_out",
-        "layers.{i}.norm_ff": "layers.{i}.1.0",
-        "layers.{i}.ff_in": "layers.{i}.1.1",
-        "layers.{i}.ff_out": "layers.{i}.1.3",
+    Resampler: _RESAMPLER_NAMES,
+    TimeResampler: {
+        **_RESAMPLER_NAMES,
+        "layers.{i}.modulation": "layers.{i}.2.1",
+        "time_embedding.linear_1": "time_embedding.linear_1",
+        "time_embedding.linear_2": "time_embedding.linear_2",
     },
 }
 
