@@ -127,6 +127,27 @@ class Base(nn.Module, ABC):
     def pipeline(self) -> DiffusionPipeline:
         """A diffusers pipeline on these very weights."""
 
+    def load_adapter(self, pipeline: Any, parts: dict[str, dict[str, Tensor]]) -> None:
+        """Give an adapter's tensors (``image_proj`` and ``ip_adapter``) to the loader of :meth:`pipeline`."""
+        pipeline.load_ip_adapter(parts, subfolder="", weight_name="", image_encoder_folder=None)
+
+    @abstractmethod
+    def image_arguments(
+        self,
+        pipeline: Any,
+        image_features: Sequence[Float[Tensor, "n *_"]],
+        null_features: Sequence[Float[Tensor, "1 *_"]],
+        *,
+        guided: bool,
+    ) -> dict[str, Any]:
+        """What to call :meth:`pipeline` with for one picture that follows n image prompts, given by their features.
+
+        ``guided``: whether the pipeline runs an unconditional half too.
+
+        Raises:
+            ConfigError: the family's pipeline takes no several image prompts.
+        """
+
     def train(self, mode: bool = True) -> "Base":
         """Stay in eval mode: a frozen model has no training behaviour (dropout, batch statistics)."""
         return super().train(False)

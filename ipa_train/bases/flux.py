@@ -229,3 +229,22 @@ class Flux(Base):
             text_encoder_2=self.text_encoder_2,
             tokenizer_2=self.tokenizer_2,
         )
+
+    def load_adapter(self, pipeline: Any, parts: dict[str, dict[str, Tensor]]) -> None:
+        """As for every base, under this pipeline's own names of the arguments."""
+        pipeline.load_ip_adapter(parts, weight_name="", image_encoder_pretrained_model_name_or_path=None)
+
+    def image_arguments(
+        self,
+        pipeline: Any,
+        image_features: Sequence[Float[Tensor, "n *_"]],
+        null_features: Sequence[Float[Tensor, "1 *_"]],
+        *,
+        guided: bool,
+    ) -> dict[str, Any]:
+        """The embeddings, and "no image" beside them: the pipeline would else encode a black picture by itself."""
+        (features,), (null,) = image_features, null_features
+        return {
+            "ip_adapter_image_embeds": [features.to(self.dtype)[None]],
+            "negative_ip_adapter_image_embeds": [null.to(self.dtype).expand_as(features)[None]],
+        }

@@ -257,3 +257,17 @@ class StableDiffusion3(Base):
             text_encoder_3=self.text_encoder_3,
             tokenizer_3=self.tokenizer_3,
         )
+
+    def image_arguments(
+        self,
+        pipeline: Any,
+        image_features: Sequence[Float[Tensor, "n *_"]],
+        null_features: Sequence[Float[Tensor, "1 *_"]],
+        *,
+        guided: bool,
+    ) -> dict[str, Any]:
+        """The hidden states of one image prompt, unconditional half first."""
+        (features,), (null,) = image_features, null_features
+        if len(features) != 1:
+            raise ConfigError(f"the SD 3 pipeline takes one image prompt at a time, got {len(features)}.")
+        return {"ip_adapter_image_embeds": torch.cat([null, features] if guided else [features]).to(self.dtype)}

@@ -1,7 +1,9 @@
 """What all bases with a diffusers UNet share."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from jaxtyping import Float, Num
 from torch import Tensor
@@ -86,3 +88,22 @@ class UNetBase(Base):
         sampler = DDIMScheduler.from_config(self.scheduler.config)
         sampler.set_timesteps(num_steps)
         return sampler
+
+    def image_arguments(
+        self,
+        pipeline: Any,
+        image_features: Sequence[Float[Tensor, "n *_"]],
+        null_features: Sequence[Float[Tensor, "1 *_"]],
+        *,
+        guided: bool,
+    ) -> dict[str, Any]:
+        """The embeddings, unconditional half first; FaceID-Plus is handed its second kind of features directly."""
+        rows = [features.to(self.dtype)[None] for features in image_features]
+        if guided:
+            nulls = [null.to(self.dtype).expand_as(row[0])[None] for null, row in zip(null_features, rows, strict=True)]
+            rows = [torch.cat(pair) for pair in zip(nulls, rows, strict=True)]
+        embeds, *looks = rows
+        if looks:
+            (projection,) = pipeline.unet.encoder_hid_proj.image_projection_layers
+            (projection.clip_embeds,) = looks
+        return {"ip_adapter_image_embeds": [embeds]}

@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="a run (its newest checkpoint), a checkpoint, or an adapter's file")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16")
+    parser.add_argument(
+        "--layout", choices=["interchange", "xlabs"], default="interchange", help="xlabs: the names of XLabs' Flux code"
+    )
     parser.add_argument("--no-ema", action="store_true", help="the trained weights, not their average")
 
 
@@ -40,8 +43,12 @@ def run(args: argparse.Namespace) -> int:
     state, metadata = _read_file(args) if args.source.is_file() else _read_checkpoint(args)
     description = describe(state, source=str(args.source))
     require_loadable(description, source=str(args.source))
+    if args.layout == "xlabs" and description.family != "flux":
+        raise ConfigError(
+            f"--layout xlabs is for adapters of Flux, and {args.source} is one of another family: leave it."
+        )
     try:
-        paths = write_state(args.out, state, dtype=args.dtype, metadata=metadata)
+        paths = write_state(args.out, state, dtype=args.dtype, metadata=metadata, layout=args.layout)
     except OSError as error:
         raise ExportError(f"--out {args.out}: cannot write there: {error.strerror or error}.") from error
     for path in paths:

@@ -5,10 +5,12 @@ ipa sample --adapter exported/ip_adapter.safetensors --image photo.jpg --prompt 
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 
@@ -22,7 +24,14 @@ _MAX_PIXELS = 200_000_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("--adapter", type=Path, required=True, help=".safetensors or .bin")
-    parser.add_argument("--image", type=Path, nargs="+", required=True, help="image prompt(s), a row of pictures each")
+    parser.add_argument("--image", type=Path, nargs="+", default=[], help="image prompt(s), a row of pictures each")
+    parser.add_argument(
+        "--embedding", type=Path, nargs="+", default=[], help=".npy of each image prompt, for adapters that read such"
+    )
+    parser.add_argument("--together", action="store_true", help="one row that follows all image prompts at once")
+    parser.add_argument(
+        "--mask", type=Path, nargs="+", default=[], help="white where each image prompt counts; with --together"
+    )
     parser.add_argument("--prompt", default="", help="text; none by default")
     parser.add_argument("--negative-prompt", default="")
     parser.add_argument(
@@ -30,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num", type=int, default=4, help="pictures for each image prompt")
-    parser.add_argument("--steps", type=int, default=30, help="DDIM steps")
-    parser.add_argument("--guidance", type=float, default=7.5)
-    parser.add_argument("--size", type=int, default=512, help="pixels, a multiple of 8")
+    parser.add_argument("--steps", type=int, default=30, help="sampler steps")
+    parser.add_argument("--guidance", type=float, help="the pipeline's own by default")
+    parser.add_argument("--size", type=int, help="pixels; the model's own size by default")
     parser.add_argument(
         "--base", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="diffusers folder or hub id"
     )
@@ -44,18 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate, write PNGs and a grid."""
-    from ipa_train.eval.generate import grid, load_pipeline, seeds
+    from ipa_train.eval.generate import grid, seeds
+    from ipa_train.eval.pipeline import load_pipeline
 
-    if args.size < 8 or args.size % 8:
-        raise ConfigError(f"--size {args.size} must be a multiple of 8.")
-    if args.num < 1 or args.steps < 1:
-        raise ConfigError(f"--num and --steps must be at least 1, got {args.num} and {args.steps}.")
-    prompts = [_open(path) for path in args.image]
+    _check(args)
+    pictures = [_open(path, "--image") for path in args.image]
+    embeddings = _read_embeddings(args.embedding)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     subfolder = args.image_encoder_subfolder
     if subfolder is None:
         subfolder = "models/image_encoder" if args.image_encoder == "h94/IP-Adapter" else ""
-    pipeline = load_pipeline(
+    loaded = load_pipeline(
         args.base,
         args.adapter,
         args.image_encoder,
@@ -63,38 +71,78 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype or ("bfloat16" if device == "cuda" else "float32"),
         device=device,
     )
-    pipeline.set_ip_adapter_scale(args.scale)
+    multiple = loaded.base.size_multiple
+    if args.size is not None and (args.size < multiple or args.size % multiple):
+        raise ConfigError(f"--size {args.size} must be a multiple of {multiple}.")
+    needed: list[tuple[str, Sequence[Any], object]] = [("--image", pictures, loaded.image_encoder.image_size)]
+    needed += [("--embedding", args.embedding, loaded.image_encoder.embedding_shape)]
+    for option, given, wanted in needed:
+        if bool(given) != (wanted is not None):
+            verb = "needs" if wanted is not None else "has no use for"
+            raise ConfigError(f"{args.adapter}: this adapter {verb} {option}.")
     with _writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for row, (path, prompt) in enumerate(zip(args.image, prompts, strict=True)):
-        images = pipeline(
-            prompt=args.prompt,
+    paths, features = args.image or args.embedding, loaded.features(pictures, embeddings)
+    rows = [list(range(len(paths)))] if args.together else [[i] for i in range(len(paths))]
+    drawn = []
+    for row in rows:
+        images = loaded.draw(
+            args.prompt,
+            [kind[row] for kind in features],
+            scale=args.scale,
+            masks=[_open(path, "--mask") for path in args.mask],
+            guidance_scale=args.guidance,
             negative_prompt=args.negative_prompt,
             num_images_per_prompt=args.num,
-            ip_adapter_image=prompt,
             height=args.size,
             width=args.size,
             num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
             generator=seeds(args.seed, args.num),
-        ).images
+        )
         for i, image in enumerate(images):
             # With the row's number, since pictures of several folders may have one name.
-            _save(image, args.out / f"{row}-{path.stem}-{args.seed + i}.png")
-        rows.append([ImageOps.fit(prompt, (args.size, args.size)), *images])
+            _save(image, args.out / f"{row[0]}-{paths[row[0]].stem}-{args.seed + i}.png")
+        drawn.append([*(ImageOps.fit(pictures[i], images[0].size) for i in row if pictures), *images])
     label = f"image prompt, then {args.prompt!r} at scale {args.scale}"
-    _save(grid(rows, [label] * len(rows), cell=min(args.size, 256)), args.out / "grid.png")
-    sys.stdout.write(f"{len(rows) * args.num} pictures and grid.png in {args.out}\n")
+    _save(grid(drawn, [label] * len(drawn), cell=min(drawn[0][-1].width, 256)), args.out / "grid.png")
+    sys.stdout.write(f"{len(drawn) * args.num} pictures and grid.png in {args.out}\n")
     return 0
 
 
-def _open(path: Path) -> Image.Image:
+def _check(args: argparse.Namespace) -> None:
+    """What can be said before anything is loaded."""
+    if args.num < 1 or args.steps < 1:
+        raise ConfigError(f"--num and --steps must be at least 1, got {args.num} and {args.steps}.")
+    if not args.image and not args.embedding:
+        raise ConfigError("give --image, or --embedding for adapters that read such.")
+    counts = {"--image": len(args.image), "--embedding": len(args.embedding), "--mask": len(args.mask)}
+    if len({count for count in counts.values() if count}) > 1:
+        given = ", ".join(f"{count} {option}" for option, count in counts.items() if count)
+        raise ConfigError(f"each image prompt needs one of each, got {given}.")
+    if args.mask and not args.together:
+        raise ConfigError("--mask says which part each of several image prompts counts for: add --together.")
+
+
+def _read_embeddings(paths: Sequence[Path]) -> torch.Tensor | None:
+    rows = []
+    for path in paths:
+        try:
+            rows.append(torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32)))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"--embedding {path}: no .npy file of numbers: {error}.") from error
+    if len({row.shape for row in rows}) > 1:
+        raise ConfigError(
+            f"--embedding: the files have different shapes: {', '.join(str(tuple(r.shape)) for r in rows)}."
+        )
+    return torch.stack(rows) if rows else None
+
+
+def _open(path: Path, option: str) -> Image.Image:
     """The picture upright and on white, as in training."""
     try:
         return decode_image(path.read_bytes(), max_pixels=_MAX_PIXELS)
     except (OSError, DataError) as error:
-        raise ConfigError(f"--image {path}: no picture that can be read: {error}.") from error
+        raise ConfigError(f"{option} {path}: no picture that can be read: {error}.") from error
 
 
 def _save(image: Image.Image, path: Path) -> None:

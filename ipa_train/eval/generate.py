@@ -1,25 +1,15 @@
-"""Pictures from an adapter: while it is trained, and from its file through plain diffusers."""
+"""Pictures from an adapter while it is trained."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
-from transformers import CLIPImageProcessorPil
 
 from ipa_train.adapter import IPAdapter
-from ipa_train.adapter.projector import FeatureKind
-from ipa_train.bases import Base, MicroConditioning, StableDiffusion, TextConditioning
-from ipa_train.conditioning import CLIPImageEncoder
-from ipa_train.errors import ConfigError
-from ipa_train.export.description import describe
-from ipa_train.export.file import nested, read_adapter_file
-from ipa_train.export.loadability import require_loadable
-from ipa_train.export.warm_start import check_image_encoder, check_sites
+from ipa_train.bases import Base, MicroConditioning, TextConditioning
 
 
 @torch.no_grad()
@@ -65,45 +55,6 @@ def generate(
 def seeds(seed: int, count: int) -> list[torch.Generator]:
     """One CPU generator for each picture, so that a picture does not depend on its neighbours."""
     return [torch.Generator().manual_seed(seed + i) for i in range(count)]
-
-
-def load_pipeline(
-    base: str, adapter_file: Path, image_encoder: str, *, subfolder: str = "", dtype: str, device: str
-) -> StableDiffusionPipeline:
-    """Plain diffusers with an adapter in it, through ``load_ip_adapter``.
-
-    Raises:
-        ConfigError, ExportError: the base, encoder or file cannot be loaded, or do not belong together.
-    """
-    state, metadata = read_adapter_file(adapter_file)
-    description = describe(state, source=str(adapter_file))
-    require_loadable(description, source=str(adapter_file))
-    encoder = CLIPImageEncoder.from_pretrained(image_encoder, subfolder=subfolder, dtype=dtype)
-    kind: FeatureKind = "pooled" if description.variant == "linear" else "penultimate"
-    if encoder.feature_dim(kind) != description.feature_dim:
-        raise ConfigError(
-            f"{adapter_file}: made for an image encoder of width {description.feature_dim}, and {image_encoder} gives "
-            f"{encoder.feature_dim(kind)}."
-        )
-    check_image_encoder(metadata, encoder, source=str(adapter_file))
-    frozen = StableDiffusion.from_pretrained(base, dtype=dtype)
-    if frozen.context_dim != description.context_dim:
-        raise ConfigError(
-            f"{adapter_file}: made for a base whose text has width {description.context_dim}, and {base} has "
-            f"{frozen.context_dim}."
-        )
-    check_sites(description, frozen.attention_sites(), source=str(adapter_file))
-    pipeline = frozen.pipeline()
-    edge = encoder.image_size
-    pipeline.register_modules(
-        image_encoder=encoder.model,
-        feature_extractor=CLIPImageProcessorPil(
-            size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}
-        ),
-    )
-    # The tensors and not the file's path: they may have come out of a layout that diffusers does not read.
-    pipeline.load_ip_adapter(nested(state), subfolder="", weight_name="", image_encoder_folder=None)
-    return pipeline.to(device)
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], *, cell: int) -> Image.Image:

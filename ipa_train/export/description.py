@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ipa_train.adapter import AttentionSite, IPAdapter, Resampler
+from ipa_train.adapter.projector import FeatureKind
 from ipa_train.errors import ExportError
 from ipa_train.export.layouts import projector_names, to_interchange
 from ipa_train.export.recognise import (
@@ -43,7 +44,7 @@ class AdapterDescription:
     num_parameters: int
 
     @property
-    def feature_kinds(self) -> tuple[str, ...]:
+    def feature_kinds(self) -> tuple[FeatureKind, ...]:
         """The image features it reads."""
         if self.variant == "faceid_plus":
             return ("pooled", "penultimate")

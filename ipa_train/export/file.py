@@ -16,6 +16,7 @@ from ipa_train.adapter import AttentionSite, IPAdapter
 from ipa_train.errors import ConfigError, ExportError
 from ipa_train.export.dumps import interchange_to_dump, is_training_dump
 from ipa_train.export.layouts import to_interchange
+from ipa_train.export.xlabs import from_xlabs, is_xlabs, to_xlabs
 from ipa_train.runtime.files import atomic_write
 from ipa_train.version import __version__
 
@@ -43,8 +44,10 @@ def write_export(
     return write_state(folder, to_interchange(adapter, sites), dtype=dtype, metadata=metadata or {})
 
 
-def write_state(folder: Path, state: Mapping[str, Tensor], *, dtype: str, metadata: Mapping[str, Any]) -> list[Path]:
-    """Write an interchange state in both layouts; see :func:`write_export`."""
+def write_state(
+    folder: Path, state: Mapping[str, Tensor], *, dtype: str, metadata: Mapping[str, Any], layout: str = "interchange"
+) -> list[Path]:
+    """Write an interchange state as both kinds of file, see :func:`write_export`; or as XLabs' one."""
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype} is not a precision for exports; allowed: {', '.join(_DTYPES)}.")
     tensors = {name: _portable(name, weight, dtype) for name, weight in state.items()}
@@ -54,7 +57,9 @@ def write_state(folder: Path, state: Mapping[str, Tensor], *, dtype: str, metada
     safetensors, bin_ = folder / f"{NAME}.safetensors", folder / f"{NAME}.bin"
     try:
         with atomic_write(safetensors) as temporary:
-            save_file(tensors, temporary, metadata=header)
+            save_file(to_xlabs(tensors) if layout == "xlabs" else tensors, temporary, metadata=header)
+        if layout == "xlabs":
+            return [safetensors]
         with atomic_write(bin_) as temporary, temporary.open("wb") as file:
             torch.save(nested(tensors), file)
     except (SafetensorError, RuntimeError) as error:
@@ -112,6 +117,8 @@ def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _find(names: Iterable[str], path: Path) -> dict[str, str]:
     """Interchange name -> name in the file, of every tensor that is to be read."""
     names = list(names)
+    if is_xlabs(names):
+        return from_xlabs({name: name for name in names})
     if not is_training_dump(names):
         return {name: name for name in names}
     places = interchange_to_dump(names)
@@ -128,7 +135,7 @@ def _flatten(content: object, path: Path) -> dict[str, Tensor]:
         for rest, weight in value.items() if isinstance(value, dict) else [("", value)]:
             if isinstance(weight, Tensor):
                 flat[f"{name}.{rest}" if rest else str(name)] = weight
-    if any(isinstance(value, Tensor) for value in content.values()) and not is_training_dump(flat):
+    if any(isinstance(value, Tensor) for value in content.values()) and not (is_training_dump(flat) or is_xlabs(flat)):
         _advise(path, "a .bin without the two parts image_proj and ip_adapter")
     return flat
 

@@ -6,11 +6,12 @@ and those of the family's branches, are what the file has to hold, no more and n
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
 
-from ipa_train.adapter import LinearProjector, MLPProjector, Projector, Resampler
+from ipa_train.adapter import LinearProjector, MLPProjector, Projector, Resampler, TimeResampler
 from ipa_train.errors import ConfigError, ExportError
 
 _Shape = tuple[int, ...]
@@ -85,9 +86,9 @@ def _full(part: Shapes, context_dim: int) -> Projector:
     return MLPProjector(feature_dim=part["proj.0.weight"][-1], context_dim=context_dim)
 
 
-def _plus(part: Shapes, context_dim: int) -> Projector:
+def _resampler(kind: type[Resampler] | type[TimeResampler], part: Shapes, context_dim: int) -> Projector:
     _, tokens, dim = part["latents"]
-    return Resampler(
+    return kind(
         feature_dim=part["proj_in.weight"][-1],
         context_dim=context_dim,
         num_tokens=tokens,
@@ -106,10 +107,10 @@ _MAKERS: dict[Family, dict[str, Callable[[Shapes, int], Projector]]] = {
     "unet": {
         "proj.weight": _linear,
         "proj.0.weight proj.3.weight": _full,
-        _RESAMPLER: _plus,
+        _RESAMPLER: partial(_resampler, Resampler),
     },
     "flux": {"proj.weight": _linear},
-    "sd3": {},
+    "sd3": {_RESAMPLER: partial(_resampler, TimeResampler)},
 }
 
 

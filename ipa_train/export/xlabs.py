@@ -6,10 +6,13 @@ The tensors are the same: ``ip_adapter_proj_model.*`` is the projector, and
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from torch import Tensor
 
 from ipa_train.errors import ExportError
+
+T = TypeVar("T")
 
 _PROJECTOR = r"((?:proj|norm)\.(?:weight|bias))"
 _FROM = {
@@ -31,8 +34,8 @@ def is_xlabs(names: Iterable[str]) -> bool:
     return any(name.startswith("ip_adapter_proj_model.") for name in names)
 
 
-def from_xlabs(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The flat interchange state of a file in XLabs' layout.
+def from_xlabs(state: Mapping[str, T]) -> dict[str, T]:
+    """The flat interchange state of a file in XLabs' layout, or whatever stands under its names.
 
     Raises:
         ExportError: a tensor that has no place in it.

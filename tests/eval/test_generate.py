@@ -10,7 +10,8 @@ from ipa_train.bases import StableDiffusion
 from ipa_train.bases.tiny import save_tiny_models, tiny_pipeline
 from ipa_train.conditioning import CLIPImageEncoder
 from ipa_train.errors import ConfigError, ExportError
-from ipa_train.eval.generate import generate, grid, load_pipeline, to_pil
+from ipa_train.eval.generate import generate, grid, to_pil
+from ipa_train.eval.pipeline import load_pipeline
 from ipa_train.export import to_interchange, write_export
 
 STEPS = {"size": (64, 64), "num_inference_steps": 2}
@@ -91,12 +92,12 @@ def test_one_encoder_is_itself_in_any_precision(dtype, exported, tiny_models):
     encoder = CLIPImageEncoder.from_pretrained(str(tiny_models[1]), dtype=dtype)
     assert {p.dtype for p in encoder.model.parameters()} == {getattr(torch, dtype)}
     pipeline = load_pipeline(str(tiny_models[0]), exported(), str(tiny_models[1]), dtype=dtype, device="cpu")
-    assert {p.dtype for p in pipeline.unet.parameters()} == {getattr(torch, dtype)}
+    assert {p.dtype for p in pipeline.base.unet.parameters()} == {getattr(torch, dtype)}
 
 
 def test_what_does_not_belong_together_is_refused(exported, tiny_models, tiny_sd21, tmp_path):
     base, encoder = (str(path) for path in tiny_models)
-    with pytest.raises(ConfigError, match=r"made for a base whose text has width 64, and .* has 128"):
+    with pytest.raises(ConfigError, match=r"made for a base whose image tokens have width 64, and .* has 128"):
         load_pipeline(str(tiny_sd21[0]), exported(), encoder, dtype="float32", device="cpu")
     _, other = save_tiny_models(tmp_path / "other", seed=9)
     with pytest.raises(ExportError, match="trained with the image encoder 'image_encoder'"):
@@ -126,12 +127,12 @@ def test_the_file_draws_what_training_drew(base, image_encoder, tiny_models, pro
     pipeline = load_pipeline(
         str(tiny_models[0]), tmp_path / "flat.bin", str(tiny_models[1]), dtype="float32", device="cpu"
     )
-    theirs = pipeline(
+    (theirs,) = pipeline.draw(
         "a",
-        ip_adapter_image=to_pil(prompts[:1])[0],
+        pipeline.features(to_pil(prompts[:1])),
         height=64,
         width=64,
         num_inference_steps=2,
         generator=torch.Generator().manual_seed(3),
-    ).images[0]
+    )
     assert difference(own, theirs) <= 1

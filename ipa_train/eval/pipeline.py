@@ -1,0 +1,142 @@
+"""An adapter's file in the real diffusers pipeline of its base, whatever the family."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.image_processor import IPAdapterMaskProcessor
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from ipa_train.bases import Base, load_base
+from ipa_train.conditioning import (
+    CLIPImageEncoder,
+    DinoImageEncoder,
+    FaceImageEncoder,
+    ImageEncoder,
+    SiglipImageEncoder,
+    StoredEmbeddings,
+)
+from ipa_train.errors import ConfigError
+from ipa_train.export.description import AdapterDescription, describe
+from ipa_train.export.file import nested, read_adapter_file
+from ipa_train.export.loadability import require_loadable
+from ipa_train.export.warm_start import check_image_encoder, check_sites, image_encoder_of
+
+# By the class that an export names: the encoder, and what of its account is an option too.
+_ENCODERS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "CLIPImageEncoder": (CLIPImageEncoder, ()),
+    "SiglipImageEncoder": (SiglipImageEncoder, ("layer",)),
+    "DinoImageEncoder": (DinoImageEncoder, ("layer", "image_size")),
+}
+
+
+@dataclass(frozen=True)
+class AdapterPipeline:
+    """A base with an adapter loaded by diffusers' own ``load_ip_adapter``, and the encoder the adapter reads."""
+
+    base: Base
+    pipeline: Any
+    image_encoder: ImageEncoder
+    adapter: AdapterDescription
+
+    def draw(
+        self,
+        prompt: str,
+        image_features: Sequence[Float[Tensor, "n *_"]],
+        *,
+        scale: float = 1.0,
+        masks: Sequence[Image.Image] = (),
+        guidance_scale: float | None = None,
+        **options: Any,
+    ) -> list[Image.Image]:
+        """Pictures of a prompt and of n image prompts together, by the pipeline's own options.
+
+        ``scale`` is the weight of the image prompts; ``masks`` are white where each of them counts.
+
+        Raises:
+            ConfigError: the family's pipeline takes no masks, or no several image prompts.
+        """
+        kinds = self.adapter.feature_kinds
+        nulls = [self.image_encoder.null_features(kind, self.base.null_image(kind)) for kind in kinds]
+        guided = guidance_scale is None or guidance_scale > 1.0
+        options |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+        arguments = self.base.image_arguments(self.pipeline, image_features, nulls, guided=guided)
+        if masks and self.adapter.family != "unet":
+            raise ConfigError(f"--mask: the pipeline of {self.base.path} takes no masks.")
+        if masks:
+            size = {name: options[name] for name in ("height", "width") if options.get(name)}
+            stacked = IPAdapterMaskProcessor().preprocess(list(masks), **size).transpose(0, 1)
+            options["cross_attention_kwargs"] = {"ip_adapter_masks": [stacked.to(self.pipeline.device)]}
+        self.pipeline.set_ip_adapter_scale([[scale] * len(masks)] if masks else scale)
+        images: list[Image.Image] = self.pipeline(prompt, **arguments, **options).images
+        return images
+
+    def features(
+        self, pictures: Sequence[Image.Image], embeddings: Float[Tensor, "n *s f"] | None = None
+    ) -> tuple[Float[Tensor, "n *_"], ...]:
+        """What the adapter reads of pictures, or of stored embeddings: encoded as in training."""
+        rows = []
+        for i in range(len(pictures) or len(embeddings if embeddings is not None else ())):
+            pixels = None
+            if pictures:
+                data = torch.frombuffer(bytearray(pictures[i].tobytes()), dtype=torch.uint8)
+                pixels = data.reshape(1, pictures[i].height, pictures[i].width, 3).permute(0, 3, 1, 2)
+                pixels = pixels.to(self.pipeline.device)
+            stored = None if embeddings is None else embeddings[i : i + 1].to(self.pipeline.device)
+            rows.append(self.image_encoder.features(pixels, self.adapter.feature_kinds, embeddings=stored))
+        return tuple(torch.cat(kind) for kind in zip(*rows, strict=True))
+
+
+def load_pipeline(
+    base: str, adapter_file: Path, image_encoder: str, *, subfolder: str = "", dtype: str, device: str
+) -> AdapterPipeline:
+    """Plain diffusers with an adapter in it; ``image_encoder`` is left aside where the adapter needs none.
+
+    Raises:
+        ConfigError, ExportError: the base, encoder or file cannot be loaded, or do not belong together.
+    """
+    source = str(adapter_file)
+    state, metadata = read_adapter_file(adapter_file)
+    adapter = describe(state, source=source)
+    require_loadable(adapter, source=source)
+    encoder = _image_encoder(adapter, image_encoder_of(metadata), image_encoder, subfolder=subfolder, dtype=dtype)
+    for kind, dim in zip(adapter.feature_kinds, (adapter.feature_dim, adapter.hidden_dim), strict=False):
+        if encoder.feature_dim(kind) != dim:
+            raise ConfigError(
+                f"{source}: made for an image encoder of width {dim}, and {image_encoder} gives "
+                f"{encoder.feature_dim(kind)}."
+            )
+    check_image_encoder(metadata, encoder, source=source)
+    frozen = load_base(base, dtype=dtype, vae_dtype=dtype)
+    if frozen.context_dim != adapter.context_dim:
+        raise ConfigError(
+            f"{source}: made for a base whose image tokens have width {adapter.context_dim}, and {base} has "
+            f"{frozen.context_dim}."
+        )
+    check_sites(adapter, frozen.attention_sites(), source=source)
+    pipeline = frozen.pipeline()
+    # The tensors and not the file's path: they may have come out of a layout that diffusers does not read.
+    frozen.load_adapter(pipeline, nested(state))
+    return AdapterPipeline(frozen, pipeline.to(device), encoder.to(device), adapter)
+
+
+def _image_encoder(
+    adapter: AdapterDescription, said: Mapping[str, Any], path: str, *, subfolder: str, dtype: str
+) -> ImageEncoder:
+    """The encoder that the adapter's kind and the account in its file ask for."""
+    stored = said.get("embedding") or {"name": said.get("name", "arcface"), "shape": [adapter.feature_dim]}
+    embedding = {"dim": stored["shape"][-1], "name": stored["name"], "normalize": stored.get("normalize", False)}
+    if adapter.variant == "faceid_plus":
+        return FaceImageEncoder.from_pretrained(path, subfolder=subfolder, dtype=dtype, **embedding)
+    if adapter.variant == "faceid" or said.get("encoder") == "StoredEmbeddings":
+        tokens = stored["shape"][0] if len(stored["shape"]) > 1 else None
+        return StoredEmbeddings(**embedding, num_tokens=tokens)
+    name = said.get("encoder", "SiglipImageEncoder" if adapter.family == "sd3" else "CLIPImageEncoder")
+    kind, options = _ENCODERS[name]
+    given = {option: said[option] for option in options if option in said}
+    encoder: ImageEncoder = kind.from_pretrained(path, subfolder=subfolder, dtype=dtype, **given)
+    return encoder
