@@ -44,7 +44,7 @@ class FluxDecoupledAttention:
     """A joint attention with the image half beside it; takes the place of its ``processor``.
 
     The base's own processor does its part unchanged, with whatever attention kernel it is set to. The price is that
-    queries are computed twice, below 3 % of a denoiser's forward.
+    queries are computed twice; with that the whole image half is 2 % of a forward (counted, at 512 and 1024 pixels).
     """
 
     def __init__(self, image_attention: FluxImageAttention, base_processor: Any) -> None:

@@ -201,7 +201,7 @@ class Flux(Base):
         patches = F.pixel_unshuffle(noisy_latents.to(self.dtype), _PATCH).flatten(2).transpose(1, 2)
         prediction = self.transformer(
             hidden_states=patches,
-            timestep=timesteps / self.schedule.num_timesteps,
+            timestep=timesteps.to(self.dtype) / self.schedule.num_timesteps,  # rounded as in the pipeline
             guidance=None if self.guidance is None else torch.full((count,), self.guidance, device=device),
             pooled_projections=pooled.to(self.dtype),
             encoder_hidden_states=text.context.to(self.dtype),

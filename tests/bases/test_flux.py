@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from ipa_train.adapter import IPAdapter, LinearProjector
-from ipa_train.bases import Flux
+from ipa_train.bases import Flux, load_base
 from ipa_train.bases.flux import flux_attention_sites
 from ipa_train.bases.tiny import randomise, tiny_pipeline
 from ipa_train.errors import ConfigError
@@ -28,7 +28,7 @@ def features():
 
 def predict(base, image_tokens):
     latents = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(0))
-    return base.predict(latents, torch.tensor([10.0, 900.0]), base.encode_text(["a", "b"]), image_tokens)
+    return base.predict(latents, torch.tensor([125.0, 1000.0]), base.encode_text(["a", "b"]), image_tokens)
 
 
 def gradients(base, adapter):
@@ -92,6 +92,18 @@ def test_from_zero_every_weight_learns_from_the_second_step_on(flux):
     assert dead <= {name for name in adapter.state_dict() if name.endswith("to_k_ip.bias")}
 
 
+def test_bf16_base_with_fp32_masters_follows_fp32(flux, tiny_flux):
+    bf16 = Flux.from_pretrained(str(tiny_flux[0]), max_t5_tokens=32, gradient_checkpointing=True)
+    adapter = randomise(new_adapter(flux), seed=5)
+    flat = []
+    for base in (flux, bf16):
+        adapter.attach(base.attention_sites())
+        flat.append(torch.cat([gradient.flatten() for gradient in gradients(base, adapter).values()]))
+        adapter.detach()
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+    assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.99
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(flux):
     adapter = randomise(new_adapter(flux), seed=5).attach(flux.attention_sites())
     plain = gradients(flux, adapter)
@@ -127,7 +139,7 @@ def test_no_image_is_a_black_picture(flux, image_encoder):
 
 
 def test_is_frozen_in_eval_mode_and_in_the_precision_asked_for(tiny_flux):
-    base = Flux.from_pretrained(str(tiny_flux[0]), dtype="bfloat16", vae_dtype="float32")
+    base = load_base(str(tiny_flux[0]), dtype="bfloat16", vae_dtype="float32")
     base.train()
     assert not any(m.training for m in base.modules())
     assert not any(p.requires_grad for p in base.parameters())
