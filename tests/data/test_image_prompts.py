@@ -172,6 +172,12 @@ def test_background_greys_what_the_mask_does_not_keep():
     assert (whole == prompt_of(shown())).all()
 
 
+def test_a_prompt_is_never_grey_alone():
+    with pytest.raises(DataError, match="keeps nothing of the centre square"):
+        masked(mask(columns=slice(0, 8)), mask="background")
+    assert masked(mask(columns=slice(0, 8)), mask="crop").min() == 255
+
+
 @pytest.mark.parametrize(("margin", "black"), [(0.0, 1.0), (0.5, 0.25)])
 def test_crop_is_the_square_around_what_is_kept(margin, black):
     out = masked(mask(), mask="crop", mask_margin=margin)
