@@ -257,6 +257,21 @@ def test_an_embedding_that_is_not_what_was_asked_for_is_refused_unread(data, mes
         read_embedding(data, (4,))
 
 
+def test_whatever_is_damaged_an_embedding_is_read_or_refused():
+    whole = npy(np.arange(4, dtype=np.float32))
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(500):
+        data = bytearray(whole)
+        for at in rng.integers(0, len(data), 3):
+            data[at] = rng.integers(256)
+        try:
+            assert np.isfinite(read_embedding(bytes(data), (4,))).all()
+        except DataError:
+            refused += 1
+    assert refused > 50
+
+
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_embeddings_keep_their_values(order):
     values = np.arange(12, dtype=np.float32).reshape(3, 4)
