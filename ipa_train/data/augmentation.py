@@ -33,12 +33,10 @@ class Change(NamedTuple):
         side, down, right = self.crop
         if side >= 1.0:
             return picture
-        height, width = picture.shape[:2]
-        whole = min(height, width)
-        part = max(1, round(whole * side))
-        top = (height - whole) // 2 + int(down * (whole - part + 1))
-        left = (width - whole) // 2 + int(right * (whole - part + 1))
-        return picture[top : top + part, left : left + part]
+        square = centre_square(picture)
+        part = max(1, round(len(square) * side))
+        top, left = (int(place * (len(square) - part + 1)) for place in (down, right))
+        return square[top : top + part, left : left + part]
 
     def recolour(self, picture: UInt8[ndarray, "h w 3"]) -> UInt8[ndarray, "h w 3"]:
         """Other brightness, contrast and saturation."""
@@ -52,6 +50,14 @@ class Change(NamedTuple):
         if not self.degrees:
             return picture
         return np.asarray(Image.fromarray(picture).rotate(self.degrees, Image.Resampling.BICUBIC, fillcolor=fill))
+
+
+def centre_square(picture: UInt8[ndarray, "h w c"]) -> UInt8[ndarray, "p p c"]:
+    """What an image encoder sees of a whole picture, before it is resized."""
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return picture[top : top + side, left : left + side]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from ipa_train.data.augmentation import Change, ReferenceAugmentation
+from ipa_train.data.augmentation import Change, ReferenceAugmentation, centre_square
 from ipa_train.data.decode import MAX_PIXELS, decode, fill_image_prompt
 from ipa_train.data.embedding import read_embedding
 from ipa_train.data.scan import Extra
@@ -117,6 +117,8 @@ class ImagePrompts:
         kept = None if self.mask == "none" else decode_mask(extras["mask"], picture.shape[:2], self.max_pixels)
         if self.mask == "crop" and kept is not None:
             picture, kept = picture[_square(kept, self.mask_margin)], None
+        if kept is not None and centre_square(kept).max() < _KEPT:
+            raise DataError("its mask keeps nothing of the centre square, which is what the image encoder sees")
         if change is not None:
             flip = change.flip
             picture, kept = change.cut(picture), None if kept is None else change.cut(kept)

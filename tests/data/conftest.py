@@ -50,6 +50,39 @@ def write_shards(folder, counts=(7, 5, 9), sizes=((40, 48),)):
     return folder
 
 
+def npy(array):
+    """As numpy.save writes it."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def mask(height=36, width=52, *, rows=slice(10, 20), columns=slice(12, 22)):
+    """A mask that keeps these rows and columns."""
+    levels = np.zeros((height, width), np.uint8)
+    levels[rows, columns] = 255
+    return encode(Image.fromarray(levels), "PNG")
+
+
+def paired_sample(number):
+    """A target of 48 x 40 pixels, and a reference of 52 x 36 with a mask."""
+    return {
+        "jpg": encode(picture(number), quality=95),
+        "mask.png": mask(),
+        "npy": npy(np.full(4, number, np.float16)),
+        "ref.png": encode(picture(1000 + number, width=52, height=36), "PNG"),
+        "txt": f"picture {number}",
+    }
+
+
+def write_paired_shards(folder, counts):
+    """Shards of such samples, numbered from 0, 100, 200."""
+    for shard, count in enumerate(counts):
+        samples = {f"{n:05d}": paired_sample(n) for n in range(100 * shard, 100 * shard + count)}
+        write_shard(folder, shard, samples)
+    return folder
+
+
 @pytest.fixture
 def shards(tmp_path):
     """A folder of three shards of 7, 5 and 9 samples."""

@@ -17,7 +17,7 @@ from ipa_train.data.index import build_index
 from ipa_train.data.sequential import SequentialDataModule
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.seeding import Draws
-from tests.data.conftest import encode, picture, write_shard
+from tests.data.conftest import encode, mask, npy, paired_sample, picture, write_paired_shards, write_shard
 from tests.data.http_server import http_server
 
 COUNTS = (7, 5, 9)
@@ -32,35 +32,9 @@ EVERYTHING = {
 }
 
 
-def npy(array):
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
-def mask(height=36, width=52, *, rows=slice(10, 20), columns=slice(12, 22)):
-    levels = np.zeros((height, width), np.uint8)
-    levels[rows, columns] = 255
-    return encode(Image.fromarray(levels), "PNG")
-
-
-def sample(number):
-    """A target of 48 x 40 pixels, and a reference of 52 x 36 with a mask."""
-    return {
-        "jpg": encode(picture(number), quality=95),
-        "mask.png": mask(),
-        "npy": npy(np.full(4, number, np.float16)),
-        "ref.png": encode(picture(1000 + number, width=52, height=36), "PNG"),
-        "txt": f"picture {number}",
-    }
-
-
 @pytest.fixture
 def paired(tmp_path):
-    for shard, count in enumerate(COUNTS):
-        numbers = range(100 * shard, 100 * shard + count)
-        write_shard(tmp_path / "paired", shard, {f"{n:05d}": sample(n) for n in numbers})
-    return tmp_path / "paired"
+    return write_paired_shards(tmp_path / "paired", COUNTS)
 
 
 def datamodule(shards, kind=StreamingDataModule, **options):
@@ -198,6 +172,12 @@ def test_background_greys_what_the_mask_does_not_keep():
     assert (whole == prompt_of(shown())).all()
 
 
+def test_a_prompt_is_never_grey_alone():
+    with pytest.raises(DataError, match="keeps nothing of the centre square"):
+        masked(mask(columns=slice(0, 8)), mask="background")
+    assert masked(mask(columns=slice(0, 8)), mask="crop").min() == 255
+
+
 @pytest.mark.parametrize(("margin", "black"), [(0.0, 1.0), (0.5, 0.25)])
 def test_crop_is_the_square_around_what_is_kept(margin, black):
     out = masked(mask(), mask="crop", mask_margin=margin)
@@ -277,6 +257,21 @@ def test_an_embedding_that_is_not_what_was_asked_for_is_refused_unread(data, mes
         read_embedding(data, (4,))
 
 
+def test_whatever_is_damaged_an_embedding_is_read_or_refused():
+    whole = npy(np.arange(4, dtype=np.float32))
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(500):
+        data = bytearray(whole)
+        for at in rng.integers(0, len(data), 3):
+            data[at] = rng.integers(256)
+        try:
+            assert np.isfinite(read_embedding(bytes(data), (4,))).all()
+        except DataError:
+            refused += 1
+    assert refused > 50
+
+
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_embeddings_keep_their_values(order):
     values = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -286,7 +281,7 @@ def test_embeddings_keep_their_values(order):
 @pytest.fixture
 def spoilt(tmp_path):
     """Of thirty samples four lack a part, and three are bad in one."""
-    samples = {f"{n:05d}": sample(n) for n in range(30)}
+    samples = {f"{n:05d}": paired_sample(n) for n in range(30)}
     del samples["00000"]["ref.png"], samples["00001"]["mask.png"], samples["00002"]["npy"], samples["00003"]["txt"]
     samples["00004"]["ref.png"] = samples["00004"]["ref.png"][:500]
     samples["00005"]["mask.png"] = mask(40, 48)
@@ -354,7 +349,7 @@ def test_runs_with_and_without_needs_do_not_disturb_each_other(paired):
 
 
 def test_references_of_two_kinds_are_a_key_that_comes_twice(tmp_path):
-    write_shard(tmp_path, 0, {"a": sample(0) | {"ref.jpg": encode(picture(0))}})
+    write_shard(tmp_path, 0, {"a": paired_sample(0) | {"ref.jpg": encode(picture(0))}})
     with pytest.raises(DataError, match="the key 'a' appears twice"):
         build_index(str(tmp_path), extras=["reference"])
 

@@ -1,16 +1,13 @@
 """The feature cache holds what training would have computed, whole, and says what it lacks."""
 
-import io
 import json
 import multiprocessing
 import os
 import signal
 import time
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from data_tools.encode import CacheWriter
 from ipa_train.data.augmentation import ReferenceAugmentation
@@ -18,8 +15,7 @@ from ipa_train.data.batch import Features
 from ipa_train.data.cache import encoders_identity
 from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.errors import ConfigError, DataError
-from tests.data.conftest import encode as encode_picture
-from tests.data.conftest import picture, write_shard, write_shards
+from tests.data.conftest import write_paired_shards, write_shards
 
 SIZES = [(48, 40), (40, 64), (64, 40), (24, 72)]
 BUCKETS = {"bucket_step": 8, "max_aspect_ratio": 4.0, "min_bucket_rate": 0.0}
@@ -96,20 +92,7 @@ def test_a_cache_gives_what_the_encoders_give(
 
 @pytest.fixture
 def paired(tmp_path):
-    """Samples with a reference, its mask, and an embedding of four numbers."""
-    levels = np.zeros((40, 48), np.uint8)
-    levels[8:30, 10:34] = 255
-    for shard in range(2):
-        samples = {}
-        for i in range(6):
-            array = io.BytesIO()
-            np.save(array, np.full(4, i, np.float32))
-            extras = {"npy": array.getvalue(), "mask.png": encode_picture(Image.fromarray(levels), "PNG")}
-            reference = {"ref.jpg": encode_picture(picture(50 + i), quality=95)}
-            target = {"jpg": encode_picture(picture(10 * shard + i), quality=95), "txt": f"{i}"}
-            samples[f"{shard}{i}"] = target | extras | reference
-        write_shard(tmp_path / "paired", shard, samples)
-    return tmp_path / "paired"
+    return write_paired_shards(tmp_path / "paired", (6, 6))
 
 
 PROMPTS = {"image_prompt": "reference", "reference_mask": "crop", "embedding_shape": [4]}

@@ -1,7 +1,6 @@
 """Pictures and captions become shards, byte for byte; what cannot is named."""
 
 import csv
-import io
 import json
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from data_tools.pack_list import read_list, write_list
 from data_tools.pack_sources import find_entries
 from ipa_train.cli.main import main
 from ipa_train.data.index import build_index
-from tests.data.conftest import encode, picture
+from tests.data.conftest import encode, mask, npy, picture
 
 
 @pytest.fixture
@@ -70,10 +69,8 @@ def add_extras(folder, stem, *, size=(60, 44)):
     """A reference with its mask, and an embedding; none has anything to do with the picture's own size."""
     width, height = size
     (folder / f"{stem}.ref.PNG").write_bytes(encode(picture(90, width=width, height=height), "PNG"))
-    (folder / f"{stem}.mask.png").write_bytes(encode(picture(91, width=60, height=44).convert("L"), "PNG"))
-    buffer = io.BytesIO()
-    np.save(buffer, np.ones(3, np.float16))
-    (folder / f"{stem}.npy").write_bytes(buffer.getvalue())
+    (folder / f"{stem}.mask.png").write_bytes(mask(44, 60))
+    (folder / f"{stem}.npy").write_bytes(npy(np.ones(3, np.float16)))
 
 
 def test_references_masks_and_embeddings_lie_beside_their_picture(photos, tmp_path):

@@ -16,7 +16,7 @@ from ipa_train.cli.main import main
 from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.data.index import build_index
 from ipa_train.data.stream import choose_buckets
-from tests.data.conftest import encode, picture, write_shard, write_shards
+from tests.data.conftest import encode, mask, picture, write_shard, write_shards
 
 SIZES = [(90, 96), (70, 140), (150, 80), (64, 64), (40, 50)]  # height, width; one is stored at the size of its bucket
 BUCKETS = {"resolution": 64, "bucket_step": 16, "max_aspect_ratio": 4.0, "min_bucket_rate": 0.0}
@@ -250,7 +250,7 @@ def paired(tmp_path):
     for i in range(12):
         extras = {
             "ref.webp": encode(picture(50 + i), "WEBP"),
-            "mask.png": encode(picture(70 + i).convert("L"), "PNG"),
+            "mask.png": mask(40, 48),
             "npy": bytes([i]),
         }
         samples[f"{i:03d}"] = {"jpg": encode(picture(i, width=96, height=90)), "txt": f"{i}"} | (extras if i else {})

@@ -1,6 +1,5 @@
 """Everything that training would stumble over is found beforehand, and bytes that rot afterwards."""
 
-import io
 import json
 import os
 
@@ -13,7 +12,7 @@ from data_tools.checksums import CHECKSUM, hash_key, repeated_hashes, write_chec
 from ipa_train.cli.main import main
 from ipa_train.data.cache import CacheDescription
 from ipa_train.data.index import build_index
-from tests.data.conftest import encode, picture, write_shard, write_shards
+from tests.data.conftest import encode, mask, npy, picture, write_shard, write_shards
 
 JPG = encode(picture(0), quality=95)
 GOOD = {"jpg": JPG, "txt": "a picture", "json": b"{}"}
@@ -70,14 +69,12 @@ def test_bad_samples_are_named_and_can_be_left_out_of_training(tmp_path, shards)
 
 
 def test_references_masks_and_embeddings_are_read_where_they_are_needed(tmp_path):
-    array = io.BytesIO()
-    np.save(array, np.ones(4, np.float16))
-    extras = {"ref.jpg": JPG, "mask.png": encode(picture(1).convert("L"), "PNG"), "npy": array.getvalue()}
+    extras = {"ref.jpg": JPG, "mask.png": mask(40, 48), "npy": npy(np.ones(4, np.float16))}
     whole = GOOD | extras
     samples = {
         "good": whole,
         "torn": whole | {"ref.jpg": JPG[:-100]},
-        "small": whole | {"mask.png": encode(picture(1, width=9).convert("L"), "PNG")},
+        "small": whole | {"mask.png": mask(40, 9, columns=slice(0, 9))},
         "odd": whole | {"npy": b"no array"},
         "lacks": GOOD,
     }

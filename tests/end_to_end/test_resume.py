@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ipa_train.cli.main import main
 from ipa_train.training.checkpoint import list_checkpoints, step_of
-from tests.data.conftest import write_shards
+from tests.data.conftest import write_paired_shards, write_shards
 from tests.end_to_end.conftest import forked, loss_curve
 
 
@@ -48,6 +48,18 @@ def test_resumed_with_micro_batches_it_takes_the_same_steps(train_command, tmp_p
     assert whole.keys() == parts.keys()
     for step, loss in whole.items():
         assert float(parts[step]) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_augmented_references_resume_bit_equal_and_matter(train_command, tmp_path):
+    paired = write_paired_shards(tmp_path / "paired", (12, 7))
+    options = [f"data.shards={paired}", "data.image_prompt=reference", "data.reference_mask=crop", "data.crop=random"]
+    options += ["data.reference_augment.colour_jitter=0.5", "data.reference_augment.max_rotation_degrees=20"]
+    assert main(train_command("whole", *options, "trainer.max_steps=5")) == 0
+    for steps, workers in ((2, 1), (5, 0)):
+        assert main(train_command("parts", *options, f"trainer.max_steps={steps}", f"data.num_workers={workers}")) == 0
+    assert loss_curve(tmp_path / "parts") == loss_curve(tmp_path / "whole")
+    assert main(train_command("plain", *options[:4], "trainer.max_steps=5")) == 0
+    assert loss_curve(tmp_path / "plain") != loss_curve(tmp_path / "whole")
 
 
 def test_buckets_and_mixed_sources_resume_bit_equal(train_command, tmp_path, capsys):
