@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from ipa_train.bases import StableDiffusion
-from ipa_train.bases.tiny import save_tiny_models
+from ipa_train.bases.tiny import save_tiny_models, tiny_pipeline
 from ipa_train.conditioning.image_encoder import CLIPImageEncoder
 
 torch.set_num_threads(1)
@@ -42,6 +42,14 @@ def tiny_models(tmp_path_factory):
 def tiny_sd21(tmp_path_factory):
     """Folders of a tiny random SD 2.1 (v-prediction) and of a tiny CLIP image encoder."""
     return save_tiny_models(tmp_path_factory.mktemp("models21"), "sd21")
+
+
+@pytest.fixture(scope="session", params=["sd3", "sd35m"])
+def tiny_sd3(request, tmp_path_factory):
+    """Folder of a tiny random SD 3.5: one built as large is, one as medium."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_pipeline(request.param).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
