@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from ipa_train.bases import Flux, StableDiffusion
-from ipa_train.bases.tiny import save_tiny_models
+from ipa_train.bases.tiny import save_tiny_models, tiny_pipeline
 from ipa_train.conditioning import CLIPImageEncoder
 
 torch.set_num_threads(1)
@@ -54,6 +54,14 @@ def tiny_flux(tmp_path_factory):
 def flux(tiny_flux):
     """A fresh tiny Flux in fp32, with captions of 32 T5 tokens."""
     return Flux.from_pretrained(str(tiny_flux[0]), dtype="float32", max_t5_tokens=32)
+
+
+@pytest.fixture(scope="session", params=["sd3", "sd35m"])
+def tiny_sd3(request, tmp_path_factory):
+    """Folder of a tiny random SD 3.5: one built as large is, one as medium."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_pipeline(request.param).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

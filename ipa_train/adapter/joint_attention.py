@@ -1,7 +1,8 @@
 """Image attention of SD 3: scale * Attn(Q', [K', K_ip], [V, V_ip]), added to the latents' share of the joint attention.
 
 Q', K' and V are the latents' own through the frozen weights, the first two normalised anew: unlike in UNets, the added
-attention runs over the latents as well as over the image tokens. Layout of InstantX/SD3.5-Large-IP-Adapter, as diffusers reads it.
+attention runs over the latents as well as over the image tokens. Layout of InstantX/SD3.5-Large-IP-Adapter, as
+diffusers reads it (``SD3IPAdapterJointAttnProcessor2_0``).
 """
 
 from typing import Any
@@ -66,8 +67,8 @@ class JointImageAttention(ImageBranch):
         """
         if not isinstance(projector, TimeResampler):
             raise ConfigError(
-                f"adapter: SD 3's attention wants tokens that know the timestep, and a {type(projector).__name__} gives "
-                "others: choose adapter=sd3."
+                f"adapter: SD 3's attention wants tokens that know the timestep, and a {type(projector).__name__} "
+                "gives others: choose adapter=sd3."
             )
         return cls(
             hidden_dim=site.hidden_dim,
