@@ -1,5 +1,6 @@
 """Frozen text-to-image models behind one contract."""
 
+from ipa_train.bases.adapter_sites import adapter_sites
 from ipa_train.bases.base import Base, MicroConditioning, TextConditioning
 from ipa_train.bases.families import load_base
 from ipa_train.bases.sd import StableDiffusion
@@ -12,5 +13,6 @@ __all__ = [
     "MicroConditioning",
     "StableDiffusion",
     "TextConditioning",
+    "adapter_sites",
     "load_base",
 ]
