@@ -37,9 +37,7 @@ class IPAdapter(nn.Module):
         self.denoiser = None if denoiser is None else denoiser.requires_grad_(True)
         self._attached: list[tuple[AttentionSite, Any, Processor]] = []
 
-    def forward(
-        self, *image_features: Float[Tensor, "b *s f"], timesteps: Num[Tensor, "b"] | None = None
-    ) -> ImageTokens:
+    def forward(self, *image_features: Float[Tensor, "b *_"], timesteps: Num[Tensor, "b"] | None = None) -> ImageTokens:
         """Return the fp32 image tokens, the argument of ``Base.predict``.
 
         One tensor for each of ``projector.feature_kinds``; ``timesteps`` are needed where the projector knows them.
