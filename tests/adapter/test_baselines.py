@@ -6,7 +6,7 @@ import torch
 from ipa_train.adapter import IPAdapter, LinearProjector
 from ipa_train.bases import adapter_sites
 from ipa_train.errors import ConfigError, ExportError
-from ipa_train.export import write_export
+from ipa_train.export import from_interchange, to_interchange, write_export
 from tests.adapter.test_adapter import predict
 
 
@@ -58,6 +58,13 @@ def test_baselines_are_not_exported(base, tmp_path, attention, fine_tuned, why):
     with pytest.raises(ExportError, match=f"no interchange form: .*{why}"):
         write_export(tmp_path, adapter, adapter_sites(base, attention=attention))
     assert not list(tmp_path.iterdir())
+
+
+def test_baselines_do_not_start_from_adapter_files(base):
+    decoupled, sites = baseline(base, "decoupled"), adapter_sites(base, attention="concatenated")
+    state = to_interchange(decoupled, base.attention_sites())
+    with pytest.raises(ExportError, match="no interchange form"):
+        from_interchange(state, baseline(base, "concatenated"), sites, source="a.safetensors")
 
 
 def test_what_cannot_attach_is_refused(base):
