@@ -27,6 +27,7 @@ from ipa_train.errors import ExportError
 
 # Our parameter names on the left, the interchange names on the right; {i} is a layer's number.
 _RESAMPLER_NAMES = {
+    "latents": "latents",
     "proj_in": "proj_in",
     "proj_out": "proj_out",
     "norm_out": "norm_out",
@@ -42,7 +43,7 @@ _RESAMPLER_NAMES = {
 _PROJECTOR_NAMES: dict[type[Projector], dict[str, str]] = {
     LinearProjector: {"proj": "proj", "norm": "norm"},
     MLPProjector: {"hidden": "proj.0", "proj": "proj.2", "norm": "proj.3"},
-    Resampler: {"latents": "latents", **_RESAMPLER_NAMES},
+    Resampler: _RESAMPLER_NAMES,
     FaceProjector: {"hidden": "proj.0", "proj": "proj.2", "norm": "norm"},
     FacePlusProjector: {
         "identity.hidden": "proj.0",
