@@ -20,17 +20,24 @@ class IPAdapter(nn.Module):
     """All that is trained. It knows no trainer, owns its weights alone, and leaves no trace when detached.
 
     Weights are fp32 masters whatever the precision of the base. ``attach`` and ``detach`` are exact inverses.
+
+    Args:
+        projector: makes the image tokens.
+        sites: what is extended. Where several share an attention, each extends what those before it made of it.
+        denoiser: the denoiser itself where that is trained as well (full fine-tuning, a baseline of the paper): its
+            weights then thaw, and are part of this module's state.
     """
 
-    def __init__(self, *, projector: Projector, sites: Sequence[AttentionSite]) -> None:
+    def __init__(
+        self, *, projector: Projector, sites: Sequence[AttentionSite], denoiser: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.projector = projector
         self.branches = nn.ModuleDict({branch_key(site): site.branch.for_site(site, projector) for site in sites})
+        self.denoiser = None if denoiser is None else denoiser.requires_grad_(True)
         self._attached: list[tuple[AttentionSite, Any, Processor]] = []
 
-    def forward(
-        self, *image_features: Float[Tensor, "b *s f"], timesteps: Num[Tensor, "b"] | None = None
-    ) -> ImageTokens:
+    def forward(self, *image_features: Float[Tensor, "b *_"], timesteps: Num[Tensor, "b"] | None = None) -> ImageTokens:
         """Return the fp32 image tokens, the argument of ``Base.predict``.
 
         One tensor for each of ``projector.feature_kinds``; ``timesteps`` are needed where the projector knows them.
@@ -53,10 +60,20 @@ class IPAdapter(nn.Module):
 
     def detach(self) -> "IPAdapter":
         """Put every site's own attention back."""
-        for site, original, _ in self._attached:
+        for site, original, _ in reversed(self._attached):
             site.module.set_processor(original)
         self._attached.clear()
         return self
+
+    @property
+    def unexportable(self) -> str | None:
+        """Why no loader takes this adapter as a file; None where they do."""
+        if self.denoiser is not None:
+            return (
+                "all of the denoiser is trained (adapter.train_denoiser, a baseline), and adapter files hold none of it"
+            )
+        reasons = (cast(ImageBranch, branch).unexportable for branch in self.branches.values())
+        return next((reason for reason in reasons if reason is not None), None)
 
     @property
     def scale(self) -> float:

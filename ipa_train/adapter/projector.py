@@ -44,7 +44,7 @@ class Projector(nn.Module):
         self.feature_dim = feature_dim
         self.context_dim = context_dim
 
-    def tokens(self, *image_features: Float[Tensor, "b *s f"], timesteps: Num[Tensor, "b"] | None) -> ImageTokens:
+    def tokens(self, *image_features: Float[Tensor, "b *_"], timesteps: Num[Tensor, "b"] | None) -> ImageTokens:
         """The image tokens of a batch; most projectors make the same of a picture at every timestep."""
         return ImageTokens(cast(Tensor, self(*image_features)))
 

@@ -5,7 +5,7 @@ A family whose attentions work in another way writes a branch of its own (``atte
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -22,6 +22,9 @@ class Processor(Protocol):
 
 class ImageBranch(nn.Module, ABC):
     """The trained half of one site. Its parameters have the names of interchange files."""
+
+    unexportable: ClassVar[str | None] = None
+    """Why no loader takes an adapter of such branches; None where they do."""
 
     @classmethod
     @abstractmethod

@@ -1,5 +1,6 @@
 """Frozen text-to-image models behind one contract."""
 
+from ipa_train.bases.adapter_sites import adapter_sites
 from ipa_train.bases.base import Base, MicroConditioning, TextConditioning
 from ipa_train.bases.families import load_base
 from ipa_train.bases.flux import Flux
@@ -16,5 +17,6 @@ __all__ = [
     "StableDiffusion",
     "StableDiffusion3",
     "TextConditioning",
+    "adapter_sites",
     "load_base",
 ]

@@ -19,6 +19,7 @@ from ipa_train.adapter.sites import AttentionSite
 from ipa_train.adapter.tokens import ImageTokens
 from ipa_train.bases.vae import FrozenVAE
 from ipa_train.diffusion.schedule import NoiseSchedule, PredictionType
+from ipa_train.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,25 @@ class Base(nn.Module, ABC):
     @abstractmethod
     def attention_sites(self) -> list[AttentionSite]:
         """The attentions an adapter extends, in the order of interchange files."""
+
+    def low_rank_sites(self, rank: int) -> list[AttentionSite]:
+        """Every attention, self-attentions too, to attach low-rank updates of its layers to.
+
+        Raises:
+            ConfigError: no layout of adapter files for this family holds any.
+        """
+        raise ConfigError(
+            f"adapter.sites.lora_rank={rank}: a LoRA goes with adapters of UNets, not {self.pipeline_class}."
+        )
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The model that ``predict`` runs, for baselines that train all of it.
+
+        Raises:
+            ConfigError: not in this family.
+        """
+        raise ConfigError(f"adapter.train_denoiser: fine-tuning is a baseline for UNets, not {self.pipeline_class}.")
 
     @abstractmethod
     def predict(

@@ -1,14 +1,15 @@
 """What all bases with a diffusers UNet share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from jaxtyping import Float, Num
-from torch import Tensor
+from torch import Tensor, nn
 
 from ipa_train.adapter.attention import ImageAttention
+from ipa_train.adapter.lora import LowRankSite, LowRankUpdate
 from ipa_train.adapter.sites import AttentionSite
 from ipa_train.adapter.tokens import ImageTokens
 from ipa_train.bases.base import Base, MicroConditioning, TextConditioning
@@ -23,14 +24,26 @@ def unet_attention_sites(unet: UNet2DConditionModel) -> list[AttentionSite]:
     even numbers and cross-attentions the odd ones. It must be read before any adapter is loaded into the UNet.
     """
     sites = []
+    for index, path, module in _attentions(unet):
+        if not path.endswith("attn1"):
+            hidden_dim, context_dim = module.to_k.weight.shape
+            sites.append(AttentionSite(path, index, hidden_dim, context_dim, module, ImageAttention))
+    return sites
+
+
+def unet_low_rank_sites(unet: UNet2DConditionModel, rank: int) -> list[AttentionSite]:
+    """All attentions of a UNet, for low-rank updates; no name is that of a site for image attention."""
+    sites: list[AttentionSite] = []
+    for index, path, module in _attentions(unet):
+        hidden_dim, context_dim = module.to_k.weight.shape
+        sites.append(LowRankSite(f"{path}.lora", index, hidden_dim, context_dim, module, LowRankUpdate, rank))
+    return sites
+
+
+def _attentions(unet: UNet2DConditionModel) -> Iterator[tuple[int, str, Any]]:
     for index, name in enumerate(unet.attn_processors):
         path = name.removesuffix(".processor")
-        if path.endswith("attn1"):
-            continue
-        module = unet.get_submodule(path)
-        hidden_dim, context_dim = module.to_k.weight.shape
-        sites.append(AttentionSite(path, index, hidden_dim, context_dim, module, ImageAttention))
-    return sites
+        yield index, path, unet.get_submodule(path)
 
 
 class UNetBase(Base):
@@ -57,6 +70,15 @@ class UNetBase(Base):
     def attention_sites(self) -> list[AttentionSite]:
         """The text cross-attentions, in the order of interchange files."""
         return unet_attention_sites(self.unet)
+
+    def low_rank_sites(self, rank: int) -> list[AttentionSite]:
+        """Self- and cross-attentions, in the order of interchange files."""
+        return unet_low_rank_sites(self.unet, rank)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The UNet."""
+        return self.unet
 
     def predict(
         self,

@@ -7,6 +7,7 @@ import lightning
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
+from ipa_train.bases import adapter_sites
 from ipa_train.cli.binding import instantiate
 from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.errors import ConfigError
@@ -38,6 +39,8 @@ def build_module(config: DictConfig) -> AdapterTraining:
         optimizer=instantiate(config.optimizer),
         lr_schedule=instantiate(config.lr_schedule),
         ema=instantiate(config.ema),
+        sites=instantiate(config.adapter.sites) if "sites" in config.adapter else adapter_sites,
+        train_denoiser=config.adapter.get("train_denoiser", False),
         seed=config.seed,
     )
     try:
@@ -45,9 +48,10 @@ def build_module(config: DictConfig) -> AdapterTraining:
         module.make_optimizer(module.adapter.parameters())
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{config.optimizer._target_}: {error}") from error
-    require_loadable(describe_adapter(module.adapter, base.attention_sites()), source="adapter")
+    if module.adapter.unexportable is None:
+        require_loadable(describe_adapter(module.adapter, module.sites), source="adapter")
     if config.adapter.init_from is not None:
-        init_from(module.adapter, base.attention_sites(), Path(config.adapter.init_from), module.image_encoder)
+        init_from(module.adapter, module.sites, Path(config.adapter.init_from), module.image_encoder)
     return module
 
 
@@ -94,9 +98,12 @@ def build_loggers(config: DictConfig, tracker_id: str | None) -> list[Logger]:
 
 def describe_parameters(module: AdapterTraining) -> Iterator[str]:
     """One line for each part: parameters, trained or frozen, and precision."""
-    parts = {"base": module.base, "image encoder": module.image_encoder, "adapter": module.adapter}
-    for name, part in parts.items():
-        parameters = list(part.parameters())
+    parts = {
+        "base": [p for p in module.base.parameters() if not p.requires_grad],  # a trained denoiser is the adapter's
+        "image encoder": list(module.image_encoder.parameters()),
+        "adapter": list(module.adapter.parameters()),
+    }
+    for name, parameters in parts.items():
         kind = "trained" if any(p.requires_grad for p in parameters) else "frozen"
         dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
         yield f"{name:<14}{sum(p.numel() for p in parameters):>15,} parameters  {kind:<8}{dtypes}"

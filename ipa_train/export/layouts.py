@@ -2,8 +2,9 @@
 
 The interchange layout is that of the released files: ``image_proj.*`` for the projector, and
 ``ip_adapter.N.to_k_ip.weight`` / ``to_v_ip.weight`` for the sites, N being a site's place among all attentions of the
-denoiser. Files are made straight from our own modules: dumps with shared tensors lose the adapter without a word (the
-"empty ip_adapter" of IP-Adapter issues 166, 164, 246, 375, 436).
+denoiser; face adapters add ``ip_adapter.N.to_{q,k,v,out}_lora.{down,up}.weight``, for self-attentions too. Files are
+made straight from our own modules: dumps with shared tensors lose the adapter without a word (the "empty ip_adapter"
+of IP-Adapter issues 166, 164, 246, 375, 436).
 """
 
 import re
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from ipa_train.adapter import (
     AttentionSite,
+    FacePlusProjector,
+    FaceProjector,
     IPAdapter,
     LinearProjector,
     MLPProjector,
@@ -21,6 +24,7 @@ from ipa_train.adapter import (
     TimeResampler,
 )
 from ipa_train.adapter.adapter import branch_key
+from ipa_train.errors import ExportError
 
 # Our parameter names on the left, the interchange names on the right; {i} is a layer's number.
 _RESAMPLER_NAMES = {
@@ -47,6 +51,13 @@ _PROJECTOR_NAMES: dict[type[Projector], dict[str, str]] = {
         "time_embedding.linear_1": "time_embedding.linear_1",
         "time_embedding.linear_2": "time_embedding.linear_2",
     },
+    FaceProjector: {"hidden": "proj.0", "proj": "proj.2", "norm": "norm"},
+    FacePlusProjector: {
+        "identity.hidden": "proj.0",
+        "identity.proj": "proj.2",
+        "identity.norm": "norm",
+        **{ours: f"perceiver_resampler.{theirs}" for ours, theirs in _RESAMPLER_NAMES.items()},
+    },
 }
 
 
@@ -57,7 +68,13 @@ def to_interchange(adapter: IPAdapter, sites: Sequence[AttentionSite]) -> dict[s
 
 
 def interchange_names(adapter: IPAdapter, sites: Sequence[AttentionSite]) -> dict[str, str]:
-    """Interchange name of each entry of the adapter's state."""
+    """Interchange name of each entry of the adapter's state.
+
+    Raises:
+        ExportError: an adapter that no layout holds, such as a baseline.
+    """
+    if adapter.unexportable is not None:
+        raise ExportError(f"this adapter has no interchange form: {adapter.unexportable}.")
     projector = projector_names(adapter.projector)
     names = {f"projector.{ours}": f"image_proj.{theirs}" for ours, theirs in projector.items()}
     for site in sorted(sites, key=lambda s: s.index):

@@ -1,5 +1,6 @@
 """The training step, the same for every base, variant and objective."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 
 from ipa_train.adapter.adapter import IPAdapter
 from ipa_train.adapter.projector import Projector
-from ipa_train.bases import Base, LatentPosterior, MicroConditioning
+from ipa_train.adapter.sites import AttentionSite
+from ipa_train.bases import Base, LatentPosterior, MicroConditioning, adapter_sites
 from ipa_train.conditioning import ImageEncoder
 from ipa_train.conditioning.dropout import ConditionDropout, Dropped
 from ipa_train.data.batch import Batch, Pictures
 from ipa_train.data.cache import encoders_identity
 from ipa_train.diffusion.objective import Objective
 from ipa_train.diffusion.timesteps import Timesteps
+from ipa_train.errors import ConfigError
 from ipa_train.export.file import write_export
 from ipa_train.export.layouts import interchange_names
 from ipa_train.runtime.seeding import Draws
@@ -25,9 +28,14 @@ from ipa_train.training.ema import AdapterEMA
 from ipa_train.training.metrics import RunningMeans
 from ipa_train.training.optim import LRSchedule
 
+_log = logging.getLogger(__name__)
+
 
 class AdapterTraining(lightning.LightningModule):
     """A frozen base and image encoder, and the adapter that is trained on them.
+
+    ``sites`` says what attaches to the base, and ``train_denoiser`` that its denoiser is trained as well: it then is a
+    part of the adapter, in its checkpoints too.
 
     The partials are what YAML leaves open until the models are there: ``projector`` wants the widths of encoder and
     base, ``objective`` the base's noise schedule, ``optimizer`` the adapter's parameters.
@@ -45,18 +53,28 @@ class AdapterTraining(lightning.LightningModule):
         dropout: ConditionDropout,
         lr_schedule: LRSchedule,
         ema: AdapterEMA | None = None,
+        sites: Callable[[Base], list[AttentionSite]] = adapter_sites,
+        train_denoiser: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if train_denoiser and base.dtype != torch.float32:
+            raise ConfigError(
+                f"adapter.train_denoiser=true needs base.dtype=float32, got {str(base.dtype).removeprefix('torch.')}: "
+                "the optimizer's small steps would be lost in rounding."
+            )
         self.strict_loading = False  # checkpoints hold the adapter only
         self.base, self.image_encoder = base, image_encoder
         torch.manual_seed(seed)
         kinds = projector.func.feature_kinds  # type: ignore[attr-defined]
         dims = map(image_encoder.feature_dim, kinds)
         sizes = dict(zip(("feature_dim", "hidden_dim"), dims, strict=False))
+        self.sites = sites(base)
         self.adapter = IPAdapter(
-            projector=projector(**sizes, context_dim=base.context_dim), sites=base.attention_sites()
-        ).attach(base.attention_sites())
+            projector=projector(**sizes, context_dim=base.context_dim),
+            sites=self.sites,
+            denoiser=base.denoiser if train_denoiser else None,
+        ).attach(self.sites)
         for i, kind in enumerate(kinds):
             null = image_encoder.null_features(kind, base.null_image(kind))
             self.register_buffer(f"null_features_{i}", null, persistent=False)
@@ -130,7 +148,12 @@ class AdapterTraining(lightning.LightningModule):
         return nullcontext() if self.ema is None else self.ema.applied(self.adapter.named_parameters())
 
     def write_exports(self, folder: Path) -> None:
-        """Write the adapter, averaged if there is an average, as interchange files; called for every checkpoint."""
+        """Write the adapter, averaged if there is an average, as interchange files; called for every checkpoint.
+
+        Of an adapter that no loader takes there are none, as was said at the start.
+        """
+        if self.adapter.unexportable is not None:
+            return
         # A hub id as it is; of a folder its name, since the rest is nobody's business.
         base = Path(self.base.path).name if Path(self.base.path).is_dir() else self.base.path
         metadata = {
@@ -139,6 +162,7 @@ class AdapterTraining(lightning.LightningModule):
             "feature_kinds": self.adapter.projector.feature_kinds,
             "variant": self.adapter.projector.variant,
             "num_tokens": getattr(self.adapter.projector, "num_tokens", None),
+            "shortcut": getattr(self.adapter.projector, "shortcut", None),
             "step": self.global_step,
             "ema": self.ema is not None,
             "dropout": vars(self.dropout),
@@ -147,13 +171,15 @@ class AdapterTraining(lightning.LightningModule):
             "optimizer": getattr(self.make_optimizer, "keywords", {}),
             "lr_schedule": vars(self.lr_schedule),
             "seed": self.seed,
-            "state_names": interchange_names(self.adapter, self.base.attention_sites()),
+            "state_names": interchange_names(self.adapter, self.sites),
         }
         with self.averaged_weights():
-            write_export(folder, self.adapter, self.base.attention_sites(), metadata=metadata)
+            write_export(folder, self.adapter, self.sites, metadata=metadata)
 
     def on_fit_start(self) -> None:
         """Begin the average with the first weights, so that the checkpoint of step 0 has one."""
+        if self.adapter.unexportable is not None:
+            _log.info("checkpoints of this run hold no export: %s", self.adapter.unexportable)
         if self.ema is not None:
             self.ema.start(self.adapter.named_parameters())
 
