@@ -5,9 +5,10 @@ from typing import Any
 from ipa_train.bases.base import Base
 from ipa_train.bases.folders import pipeline_class
 from ipa_train.bases.sd import StableDiffusion
+from ipa_train.bases.sdxl import StableDiffusionXL
 from ipa_train.errors import ConfigError
 
-FAMILIES: tuple[type[Base], ...] = (StableDiffusion,)
+FAMILIES: tuple[type[Base], ...] = (StableDiffusion, StableDiffusionXL)
 
 
 def load_base(path: str, **options: Any) -> Base:
