@@ -64,6 +64,11 @@ def tiny_sd3(request, tmp_path_factory):
     return folder
 
 
+def tiny_sdxl(tmp_path_factory):
+    """Folders of a tiny random SDXL and of a tiny CLIP image encoder."""
+    return save_tiny_models(tmp_path_factory.mktemp("models_xl"), "sdxl")
+
+
 @pytest.fixture
 def base(tiny_models):
     """A fresh tiny SD 1.5 in fp32."""

@@ -1,6 +1,6 @@
 """The IP-Adapter: a projector and one image branch for each site of a frozen denoiser."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from jaxtyping import Float, Num
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ipa_train.adapter.projector import Projector
 from ipa_train.adapter.sites import AttentionSite, ImageBranch, Processor
 from ipa_train.adapter.tokens import ImageTokens
+from ipa_train.errors import ConfigError, did_you_mean
 
 
 def branch_key(site: AttentionSite) -> str:
@@ -77,10 +78,32 @@ class IPAdapter(nn.Module):
 
     @property
     def scale(self) -> float:
-        """Weight of the image half at every site (lambda); 0 gives the base model bit for bit."""
-        return self._attached[0][2].scale
+        """Weight of the image half (lambda), one for all sites; 0 gives the base model bit for bit.
+
+        Read, it is the largest of all sites.
+        """
+        return max(self.scales.values())
 
     @scale.setter
     def scale(self, value: float) -> None:
         for _, _, processor in self._attached:
             processor.scale = value
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """Weight of the image half at each site, by the site's name; ``blocks.py`` has some to choose from.
+
+        Raises:
+            ConfigError: set for a site that is not there.
+        """
+        return {site.name: processor.scale for site, _, processor in self._attached}
+
+    @scales.setter
+    def scales(self, values: Mapping[str, float]) -> None:
+        """Sites that are not named get 0."""
+        known = self.scales
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"scales: there is no site {name!r}.{did_you_mean(name, known)}")
+        for site, _, processor in self._attached:
+            processor.scale = values.get(site.name, 0.0)

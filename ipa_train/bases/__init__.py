@@ -6,6 +6,7 @@ from ipa_train.bases.families import load_base
 from ipa_train.bases.flux import Flux
 from ipa_train.bases.sd import StableDiffusion
 from ipa_train.bases.sd3 import StableDiffusion3
+from ipa_train.bases.sdxl import StableDiffusionXL
 from ipa_train.bases.vae import FrozenVAE, LatentPosterior
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "MicroConditioning",
     "StableDiffusion",
     "StableDiffusion3",
+    "StableDiffusionXL",
     "TextConditioning",
     "adapter_sites",
     "load_base",

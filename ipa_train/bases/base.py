@@ -79,7 +79,7 @@ class Base(nn.Module, ABC):
         vae_dtype: str | None = None,
         revision: str | None = None,
         variant: str | None = None,
-        **_: object,
+        **_: Any,
     ) -> FrozenVAE:
         """Load the autoencoder alone, by the options of ``from_pretrained``."""
         return FrozenVAE.from_pretrained(path, dtype=vae_dtype or dtype, revision=revision, variant=variant)

@@ -7,9 +7,10 @@ from ipa_train.bases.flux import Flux
 from ipa_train.bases.folders import pipeline_class
 from ipa_train.bases.sd import StableDiffusion
 from ipa_train.bases.sd3 import StableDiffusion3
+from ipa_train.bases.sdxl import StableDiffusionXL
 from ipa_train.errors import ConfigError
 
-FAMILIES: tuple[type[Base], ...] = (StableDiffusion, StableDiffusion3, Flux)
+FAMILIES: tuple[type[Base], ...] = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
 
 
 def load_base(path: str, **options: Any) -> Base:

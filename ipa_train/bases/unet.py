@@ -59,7 +59,9 @@ class UNetBase(Base):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.unet, self.vae, self.scheduler, self.path = unet, vae, scheduler, path
+        self.unet, self.vae, self.path = unet, vae, path
+        # Latents have no bounds; the folders of other schedulers do not say so, and DDIM clips unless it is told.
+        self.scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self.prediction_type = scheduler.config.prediction_type
@@ -92,17 +94,23 @@ class UNetBase(Base):
         # The UNet hands these arguments to every attention; this name is the one that self-attentions, which have no
         # use for it, ignore without a warning at each call.
         extra = None if image_tokens is None else {"ip_hidden_states": image_tokens.states.to(self.dtype)}
+        size = (noisy_latents.shape[2] * self.vae.stride, noisy_latents.shape[3] * self.vae.stride)
         prediction = self.unet(
             noisy_latents.to(self.dtype),
             timesteps,
             text.context.to(self.dtype),
-            added_cond_kwargs=self.added_conditions(text, micro),
+            added_cond_kwargs=self.added_conditions(text, micro, size),
             cross_attention_kwargs=extra,
         )
         return cast(Tensor, prediction.sample.float())
 
-    def added_conditions(self, text: TextConditioning, micro: MicroConditioning | None) -> dict[str, Tensor] | None:
-        """What the family's UNet is told beside the text tokens; nothing, unless a family says otherwise."""
+    def added_conditions(
+        self, text: TextConditioning, micro: MicroConditioning | None, size: tuple[int, int]
+    ) -> dict[str, Tensor] | None:
+        """What the family's UNet is told beside the text tokens; nothing, unless a family says otherwise.
+
+        ``size`` is the (height, width) of the pictures in pixels.
+        """
         return None
 
     def sampler(self, num_steps: int, latent_size: tuple[int, int]) -> Any:

@@ -40,9 +40,15 @@ class FrozenVAE(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str, *, dtype: str = "bfloat16", revision: str | None = None, variant: str | None = None
+        cls,
+        path: str,
+        *,
+        alone: bool = False,
+        dtype: str = "bfloat16",
+        revision: str | None = None,
+        variant: str | None = None,
     ) -> "FrozenVAE":
-        """Load the ``vae`` of a diffusers folder or hub id.
+        """Load the ``vae`` of a diffusers folder or hub id; if ``alone``, that path is the VAE's own.
 
         Raises:
             ConfigError: nothing there to load.
@@ -50,12 +56,17 @@ class FrozenVAE(nn.Module):
         precision = to_dtype(dtype, option="base.vae_dtype")
         try:
             model = AutoencoderKL.from_pretrained(
-                path, subfolder="vae", torch_dtype=torch.float32, revision=revision, variant=variant
+                path,
+                subfolder=None if alone else "vae",
+                torch_dtype=torch.float32,
+                revision=revision,
+                variant=variant,
             )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             what = "cannot load its VAE" if Path(path).exists() else "no such folder, nor a hub id that can be reached"
-            raise ConfigError(f"base.path={path}: {what}: {reason}") from error
+            option = "base.vae_path" if alone else "base.path"
+            raise ConfigError(f"{option}={path}: {what}: {reason}") from error
         vae = cls(model)
         _ = vae._weights_sha256  # of the weights as they are stored, before they are rounded
         nn.Module.to(model, precision)  # diffusers' own warns of modules to be kept in fp32, also where there are none

@@ -11,7 +11,15 @@ from typing import Literal
 
 import torch
 
-from ipa_train.adapter import LinearProjector, MLPProjector, Projector, Resampler, TimeResampler
+from ipa_train.adapter import (
+    FacePlusProjector,
+    FaceProjector,
+    LinearProjector,
+    MLPProjector,
+    Projector,
+    Resampler,
+    TimeResampler,
+)
 from ipa_train.errors import ConfigError, ExportError
 
 _Shape = tuple[int, ...]
@@ -86,6 +94,17 @@ def _full(part: Shapes, context_dim: int) -> Projector:
     return MLPProjector(feature_dim=part["proj.0.weight"][-1], context_dim=context_dim)
 
 
+def _face(part: Shapes, context_dim: int) -> Projector:
+    (rows, _), feature_dim = part["proj.2.weight"], part["proj.0.weight"][-1]
+    tokens = max(1, rows // max(1, context_dim))
+    return FaceProjector(feature_dim=feature_dim, context_dim=context_dim, num_tokens=tokens)
+
+
+def _face_plus(part: Shapes, context_dim: int) -> Projector:
+    hidden_dim = part["perceiver_resampler.proj_in.weight"][-1]
+    return FacePlusProjector(feature_dim=part["proj.0.weight"][-1], hidden_dim=hidden_dim, context_dim=context_dim)
+
+
 def _resampler(kind: type[Resampler] | type[TimeResampler], part: Shapes, context_dim: int) -> Projector:
     _, tokens, dim = part["latents"]
     return kind(
@@ -107,6 +126,8 @@ _MAKERS: dict[Family, dict[str, Callable[[Shapes, int], Projector]]] = {
     "unet": {
         "proj.weight": _linear,
         "proj.0.weight proj.3.weight": _full,
+        "proj.0.weight perceiver_resampler.proj_in.weight": _face_plus,
+        "proj.0.weight proj.2.weight norm.weight": _face,
         _RESAMPLER: partial(_resampler, Resampler),
     },
     "flux": {"proj.weight": _linear},

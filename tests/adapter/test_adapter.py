@@ -4,8 +4,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from ipa_train.adapter import IPAdapter, LinearProjector, MLPProjector, Resampler
+from ipa_train.adapter import IPAdapter, LinearProjector, MLPProjector, Resampler, blocks
+from ipa_train.bases import StableDiffusionXL, load_base
 from ipa_train.bases.unet import unet_attention_sites
+from ipa_train.errors import ConfigError
 
 SD15_UNET = {
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -14,7 +16,34 @@ SD15_UNET = {
     "attention_head_dim": 8,
     "cross_attention_dim": 768,
 }
+SD21_UNET = {
+    **SD15_UNET,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+    "cross_attention_dim": 1024,
+}
+SDXL_UNET = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "cross_attention_dim": 2048,
+}
 VIT_H = {"pooled": 1024, "penultimate": 1280}
+BIG_G = {"pooled": 1280, "penultimate": 1664}
+XL_PLUS = {"dim": 1280, "heads": 20}
+
+
+@pytest.fixture(params=["sd15", "sdxl"])
+def base(request, tiny_models, tiny_sdxl):
+    """A fresh tiny base of each UNet family, in fp32."""
+    folder = {"sd15": tiny_models, "sdxl": tiny_sdxl}[request.param][0]
+    return load_base(str(folder), dtype="float32")
 
 
 def linear_adapter(base):
@@ -30,18 +59,31 @@ def predict(base, image_tokens):
 
 
 @pytest.mark.parametrize(
-    ("projector", "parameters"),
-    [(LinearProjector, 22_319_616), (Resampler, 49_087_488), (MLPProjector, 21_794_304)],
+    ("unet", "projector", "encoder", "options", "parameters"),
+    [
+        (SD15_UNET, LinearProjector, VIT_H, {}, 22_319_616),
+        (SD15_UNET, Resampler, VIT_H, {}, 49_087_488),
+        (SD15_UNET, MLPProjector, VIT_H, {}, 21_794_304),
+        (SDXL_UNET, LinearProjector, BIG_G, {}, 351_285_248),
+        (SDXL_UNET, LinearProjector, VIT_H, {}, 349_188_096),
+        (SDXL_UNET, Resampler, VIT_H, XL_PLUS, 423_748_864),
+        # Never released: the sum of their parts.
+        (SDXL_UNET, MLPProjector, VIT_H, {}, 340_787_200 + (1280 + 1) * 1280 + (1280 + 1) * 2048 + 2 * 2048),
+        (SD21_UNET, LinearProjector, VIT_H, {}, 2 * 1024 * 12_480 + (1024 + 1) * 4096 + 2 * 1024),
+        (SD21_UNET, MLPProjector, BIG_G, {}, 2 * 1024 * 12_480 + (1664 + 1) * 1664 + (1664 + 1) * 1024 + 2 * 1024),
+        (SD21_UNET, Resampler, VIT_H, {}, 2 * 1024 * 12_480 + 48_541_696),
+    ],
 )
-def test_parameter_counts_are_the_released_ones(projector, parameters):
-    """On the real SD 1.5 and ViT-H sizes (22,319,616 is the paper's count for linear)."""
+def test_parameter_counts_are_the_released_ones(unet, projector, encoder, options, parameters):
+    """On the real sizes (22,319,616 is the paper's count)."""
     with torch.device("meta"):
-        sites = unet_attention_sites(UNet2DConditionModel(**SD15_UNET))
-        adapter = IPAdapter(
-            projector=projector(feature_dim=VIT_H[projector.feature_kinds[0]], context_dim=768), sites=sites
-        )
+        sites = unet_attention_sites(UNet2DConditionModel(**unet))
+        feature_dim, context_dim = encoder[projector.feature_kinds[0]], unet["cross_attention_dim"]
+        projector = projector(feature_dim=feature_dim, context_dim=context_dim, **options)
+        adapter = IPAdapter(projector=projector, sites=sites)
     assert sum(p.numel() for p in adapter.parameters()) == parameters
-    assert [site.index for site in sites] == list(range(1, 32, 2))
+    assert [site.index for site in sites] == list(range(1, 2 * len(sites), 2))
+    assert len(sites) == (70 if unet is SDXL_UNET else 16)
 
 
 @torch.no_grad()
@@ -85,3 +127,24 @@ def test_gradient_checkpointing_gives_the_same_gradients(base):
     for a, b in zip(plain, gradients(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
     assert all(g.abs().max() > 0 for g in plain)
+
+
+def test_scales_by_site(base):
+    sites = base.attention_sites()
+    adapter = linear_adapter(base).attach(sites)
+    adapter.scales = {**blocks.style(sites, 0.5), **blocks.layout(sites)}
+    by_block = {name.partition(".transformer_blocks")[0]: scale for name, scale in adapter.scales.items() if scale}
+    if isinstance(base, StableDiffusionXL):
+        assert by_block == {"down_blocks.2.attentions.1": 1.0, "up_blocks.0.attentions.1": 0.5}
+    else:
+        half = {f"up_blocks.1.attentions.{i}": 0.5 for i in range(3)}
+        one = dict.fromkeys(["down_blocks.2.attentions.0", "down_blocks.2.attentions.1", "mid_block.attentions.0"], 1.0)
+        assert by_block == {**half, **one}
+    assert adapter.scale == 1.0
+    adapter.scale = 0.3
+    assert set(adapter.scales.values()) == {0.3}
+    with pytest.raises(ConfigError, match=r"scales: there is no site 'mid_blok'\."):
+        adapter.scales = {"mid_blok": 1.0}
+    assert set(adapter.scales.values()) == {0.3}
+    with pytest.raises(ConfigError, match=r"lies in 'up_blocks\.9'"):
+        blocks.in_blocks(sites, ["up_blocks.9"])
