@@ -32,6 +32,10 @@ torch.set_num_threads(1)
 tqdm.set_lock(threading.RLock())
 
 
+def pytest_addoption(parser):
+    parser.addoption("--write-table", action="store_true", help="write what tests/compatibility finds into the docs")
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
     """Folders of a tiny random SD 1.5 and of a tiny CLIP image encoder."""

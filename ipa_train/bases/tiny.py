@@ -205,7 +205,7 @@ def _sd3(dual_attention_layers: tuple[int, ...], seed: int) -> StableDiffusion3P
     )
 
 
-def _flux(seed: int) -> FluxPipeline:
+def _flux(guidance_distilled: bool, seed: int) -> FluxPipeline:
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
@@ -215,12 +215,14 @@ def _flux(seed: int) -> FluxPipeline:
         num_attention_heads=2,
         joint_attention_dim=64,
         pooled_projection_dim=32,
-        guidance_embeds=True,
+        guidance_embeds=guidance_distilled,
         axes_dims_rope=(4, 4, 8),
     )
     return FluxPipeline(
         transformer=randomise(transformer, seed=seed),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0 if guidance_distilled else 1.0, use_dynamic_shifting=guidance_distilled
+        ),
         vae=tiny_vae(latent_channels=16, seed=seed + 1),
         text_encoder=_clip_text(32, seed=seed + 2),
         tokenizer=tiny_tokenizer(),
@@ -235,7 +237,8 @@ _FAMILIES: dict[str, Callable[[int], DiffusionPipeline]] = {
     "sdxl": _sdxl,
     "sd3": partial(_sd3, ()),
     "sd35m": partial(_sd3, (0, 1)),
-    "flux": _flux,
+    "flux": partial(_flux, True),
+    "schnell": partial(_flux, False),
 }
 
 

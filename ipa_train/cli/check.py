@@ -52,9 +52,12 @@ def run(args: argparse.Namespace) -> int:
     share = data.global_batch_size // trainer.world_size // accumulate
     _say("batch", f"{trainer.world_size} processes x {accumulate} micro-batches x {share} samples")
     _run_one_batch(config, module, data, share)
-    description = describe_adapter(module.adapter, module.base.attention_sites())
-    for verdict in loadability(description, module.image_encoder.identity()):
-        _say("result", f"{verdict.loader:<24}{verdict}")
+    if module.adapter.unexportable is not None:
+        _say("result", f"no loader will take it: {module.adapter.unexportable}")
+    else:
+        description = describe_adapter(module.adapter, module.sites)
+        for verdict in loadability(description, module.image_encoder.identity()):
+            _say("result", f"{verdict.loader:<24}{verdict}")
     _say("", "all good")
     return 0
 

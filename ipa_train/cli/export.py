@@ -67,6 +67,11 @@ def _read_file(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, A
 
 def _read_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Any]]:
     checkpoint = _find_checkpoint(args.source)
+    if not (checkpoint / f"{NAME}.safetensors").is_file():
+        raise ExportError(
+            f"{checkpoint}: a checkpoint of a baseline (adapter.sites.attention, adapter.train_denoiser), and no "
+            "loader takes such an adapter: there is nothing to export."
+        )
     _, metadata = read_adapter_file(checkpoint / f"{NAME}.safetensors")
     names = json.loads(metadata.pop("state_names"))
     averaged = (checkpoint / "ema.safetensors").exists() and not args.no_ema

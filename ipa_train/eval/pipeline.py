@@ -22,7 +22,7 @@ from ipa_train.conditioning import (
 )
 from ipa_train.errors import ConfigError
 from ipa_train.export.description import AdapterDescription, describe
-from ipa_train.export.file import nested, read_adapter_file
+from ipa_train.export.file import is_face_plus_v2, nested, read_adapter_file
 from ipa_train.export.loadability import require_loadable
 from ipa_train.export.warm_start import check_image_encoder, check_sites, image_encoder_of
 
@@ -121,6 +121,9 @@ def load_pipeline(
     pipeline = frozen.pipeline()
     # The tensors and not the file's path: they may have come out of a layout that diffusers does not read.
     frozen.load_adapter(pipeline, nested(state))
+    if adapter.variant == "faceid_plus":
+        (projection,) = pipeline.unet.encoder_hid_proj.image_projection_layers
+        projection.shortcut = is_face_plus_v2(adapter_file, metadata)
     return AdapterPipeline(frozen, pipeline.to(device), encoder.to(device), adapter)
 
 

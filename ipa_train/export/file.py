@@ -114,6 +114,11 @@ def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ExportError(f"{path}: damaged or no adapter file: {reason}") from error
 
 
+def is_face_plus_v2(path: Path, metadata: Mapping[str, str]) -> bool:
+    """Whether a FaceID-Plus adapter is a V2: its tensors are those of the first, so others go by the file's name."""
+    return json.loads(metadata["shortcut"]) is True if "shortcut" in metadata else "plusv2" in path.name.lower()
+
+
 def _find(names: Iterable[str], path: Path) -> dict[str, str]:
     """Interchange name -> name in the file, of every tensor that is to be read."""
     names = list(names)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ipa_train.adapter import AttentionSite, IPAdapter
+from ipa_train.adapter.lora import LowRankSite
 from ipa_train.conditioning import ImageEncoder
 from ipa_train.errors import ExportError
 from ipa_train.export.description import AdapterDescription, describe, describe_adapter
@@ -51,7 +52,7 @@ def from_interchange(
         ("resampler_dim", "set adapter.projector.dim={}"),
         ("resampler_heads", "set adapter.projector.heads={}"),
         ("hidden_dim", "choose the image_encoder whose hidden states have width {}"),
-        ("lora_rank", "set adapter.lora_rank={}"),
+        ("lora_rank", "set adapter.sites.lora_rank={}"),
     ):
         here, there = getattr(wanted, what), getattr(found, what)
         if here != there:
@@ -67,7 +68,7 @@ def check_sites(found: AdapterDescription, sites: Sequence[AttentionSite], *, so
     Raises:
         ExportError: names the first site that differs.
     """
-    here = {site.index: site.hidden_dim for site in sites}
+    here = {site.index: site.hidden_dim for site in sites if not isinstance(site, LowRankSite)}
     for n in sorted(here.keys() | found.site_dims.keys()):
         if here.get(n) != found.site_dims.get(n):
             widths = [f"has width {d}" if d else "is missing" for d in (found.site_dims.get(n), here.get(n))]

@@ -8,35 +8,7 @@ from ipa_train.adapter import IPAdapter, LinearProjector, MLPProjector, Resample
 from ipa_train.bases import StableDiffusionXL, load_base
 from ipa_train.bases.unet import unet_attention_sites
 from ipa_train.errors import ConfigError
-
-SD15_UNET = {
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "block_out_channels": (320, 640, 1280, 1280),
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-}
-SD21_UNET = {
-    **SD15_UNET,
-    "attention_head_dim": (5, 10, 20, 20),
-    "use_linear_projection": True,
-    "cross_attention_dim": 1024,
-}
-SDXL_UNET = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "cross_attention_dim": 2048,
-}
-VIT_H = {"pooled": 1024, "penultimate": 1280}
-BIG_G = {"pooled": 1280, "penultimate": 1664}
-XL_PLUS = {"dim": 1280, "heads": 20}
+from tests.official import BIG_G, SD15_UNET, SD21_UNET, SDXL_UNET, VIT_H, XL_PLUS
 
 
 @pytest.fixture(params=["sd15", "sdxl"])

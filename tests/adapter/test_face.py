@@ -9,20 +9,8 @@ from ipa_train.bases import adapter_sites
 from ipa_train.bases.tiny import randomise
 from ipa_train.bases.unet import unet_attention_sites, unet_low_rank_sites
 from ipa_train.errors import ConfigError
-from tests.adapter.test_adapter import SD15_UNET, predict
-
-SDXL_UNET = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "cross_attention_dim": 2048,
-}
+from tests.adapter.test_adapter import predict
+from tests.official import SD15_UNET, SDXL_UNET
 
 
 def face_adapter(base, *, projector=FaceProjector, lora_rank=8):

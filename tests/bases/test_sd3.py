@@ -15,22 +15,8 @@ from ipa_train.bases import StableDiffusion3, load_base
 from ipa_train.bases.sd3 import sd3_attention_sites
 from ipa_train.bases.tiny import tiny_pipeline
 from ipa_train.errors import ConfigError
+from tests.official import SD35_LARGE, SD35_MEDIUM
 
-SD35_LARGE = {
-    "num_layers": 38,
-    "num_attention_heads": 38,
-    "caption_projection_dim": 2432,
-    "pos_embed_max_size": 192,
-    "qk_norm": "rms_norm",
-}
-SD35_MEDIUM = {
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 384,
-    "qk_norm": "rms_norm",
-    "dual_attention_layers": tuple(range(13)),
-}
 CAPTIONS = ["a house", "a red car on a road"]
 
 

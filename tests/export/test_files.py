@@ -16,7 +16,7 @@ from ipa_train.cli.main import main
 from ipa_train.errors import ExportError
 from ipa_train.export import describe, read_adapter_file, to_interchange, write_export
 from ipa_train.export.warm_start import init_from
-from tests.adapter.test_adapter import SD15_UNET
+from tests.official import SD15_UNET
 
 
 @pytest.mark.parametrize("variant", ["linear", "plus", "full"])

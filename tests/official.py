@@ -1,0 +1,75 @@
+"""The sizes of released models, for what can be said on the meta device."""
+
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+
+from ipa_train.bases.flux import flux_attention_sites
+from ipa_train.bases.sd3 import sd3_attention_sites
+from ipa_train.bases.unet import unet_attention_sites, unet_low_rank_sites
+
+SD15_UNET = {
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (320, 640, 1280, 1280),
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}
+SD21_UNET = {
+    **SD15_UNET,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+    "cross_attention_dim": 1024,
+}
+SDXL_UNET = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "cross_attention_dim": 2048,
+}
+SD35_LARGE = {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "pos_embed_max_size": 192,
+    "qk_norm": "rms_norm",
+}
+SD35_MEDIUM = {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": tuple(range(13)),
+}
+VIT_H = {"pooled": 1024, "penultimate": 1280}
+BIG_G = {"pooled": 1280, "penultimate": 1664}
+XL_PLUS = {"dim": 1280, "heads": 20}
+WIDTHS = {
+    "vit_l": {"pooled": 768, "penultimate": 1024},
+    "vit_h": VIT_H,
+    "big_g": BIG_G,
+    "siglip_so400m": {"pooled": 1152, "penultimate": 1152},
+    "siglip2_so400m": {"pooled": 1152, "penultimate": 1152},
+    "dinov2_large": {"pooled": 1024, "penultimate": 1024},
+    "dinov3_large": {"pooled": 1024, "penultimate": 1024},
+    "stored": {"pooled": 512},
+    "face": {"pooled": 512, "penultimate": 1280},
+}
+"""Of the features of each image encoder, by its config's name."""
+
+
+def official_sites(base, *, lora_rank=0):
+    """Sites of a base, by its config's name, and of a LoRA; call it on the meta device."""
+    assert torch.get_default_device().type == "meta"
+    if base.startswith("flux"):
+        return flux_attention_sites(FluxTransformer2DModel(num_single_layers=0))
+    if base.startswith("sd3"):
+        return sd3_attention_sites(SD3Transformer2DModel(**{"sd3": SD35_LARGE, "sd35_medium": SD35_MEDIUM}[base]))
+    unet = UNet2DConditionModel(**{"sd15": SD15_UNET, "sd21": SD21_UNET, "sdxl": SDXL_UNET}[base])
+    return unet_attention_sites(unet) + (unet_low_rank_sites(unet, lora_rank) if lora_rank else [])
