@@ -5,7 +5,7 @@ attention runs over the latents as well as over the image tokens. Layout of Inst
 diffusers reads it (``SD3IPAdapterJointAttnProcessor2_0``).
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,9 @@ class HeadNorm(nn.Module):
 class JointImageAttention(ImageBranch):
     """The image half of one of SD 3's attentions."""
 
+    sink_gain: ClassVar[float] = 6.0
+    """How sharply queries choose among image keys at the start of training."""
+
     def __init__(self, *, hidden_dim: int, context_dim: int, time_dim: int, head_dim: int) -> None:
         super().__init__()
         self.norm_ip = AdaptiveNorm(dim=context_dim, time_dim=time_dim)
@@ -70,16 +73,32 @@ class JointImageAttention(ImageBranch):
                 f"adapter: SD 3's attention wants tokens that know the timestep, and a {type(projector).__name__} "
                 "gives others: choose adapter=sd3."
             )
-        return cls(
+        branch = cls(
             hidden_dim=site.hidden_dim,
             context_dim=site.context_dim,
             time_dim=projector.time_dim,
             head_dim=site.hidden_dim // site.module.heads,
         )
+        branch.start_near_the_base()
+        return branch
 
     def processor(self, site: AttentionSite) -> "JointAttention":
         """The site's joint attention with this branch added."""
         return JointAttention(self)
+
+    @torch.no_grad()
+    def start_near_the_base(self) -> None:
+        """Make the added attention almost nothing, though the latents' own values are in it whatever our weights are.
+
+        All latents get the logit 0 and image keys large ones, so that nearly all attention falls to image tokens, and
+        their values are zero. What is left is a small share of the latents' mean. Copies of the base's weights, the
+        start of UNets, would instead repeat the latents' attention to themselves at every site.
+        """
+        self.norm_k.weight.zero_()
+        self.norm_ip_k.weight.fill_(self.sink_gain)
+        self.to_v_ip.weight.zero_()
+        self.norm_ip.linear.weight.zero_()
+        self.norm_ip.linear.bias.zero_()
 
     def forward(
         self,
@@ -104,9 +123,12 @@ class JointImageAttention(ImageBranch):
 class JointAttention:
     """SD 3's attention of latents and text with the image half added; takes the place of its ``processor``."""
 
+    trained_scale: ClassVar[float] = 0.5
+    """What diffusers sets when it loads a file, so that files work there as they were trained."""
+
     def __init__(self, image_attention: JointImageAttention) -> None:
         self.image_attention = image_attention
-        self.scale = 0.5
+        self.scale = self.trained_scale
 
     def __call__(
         self,

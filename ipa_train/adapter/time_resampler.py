@@ -67,6 +67,9 @@ class TimeResampler(Resampler):
     ) -> None:
         super().__init__(feature_dim=feature_dim, context_dim=context_dim, num_tokens=num_tokens, dim=dim, heads=heads)
         self.time_embedding = TimeEmbedding(dim)
+        # Tokens start apart from each other: at the resampler's usual 1 / sqrt(dim) what they share drowns what they do
+        # not (cosine 0.99 at the released sizes, against 0.2), and the image attention's start needs different keys.
+        nn.init.normal_(self.latents)
 
     @property
     def time_dim(self) -> int:

@@ -148,6 +148,36 @@ def test_an_idle_adapter_keeps_the_base_bit_for_bit_and_leaves_no_trace(sd3):
 
 
 @torch.no_grad()
+def test_training_starts_near_the_base(sd3):
+    """The latents' own values are part of the added attention, so this takes more than zero image values."""
+    adapter = adapter_for(sd3).attach(sd3.attention_sites())
+    before = predict(sd3, None)
+
+    def change():
+        return ((predict(sd3, make_tokens(adapter)) - before).norm() / before.norm()).item()
+
+    start = change()
+    assert 0.0 < start < 0.06
+    for site in sd3.attention_sites():
+        adapter.branch(site).norm_k.weight.fill_(1.0)
+        adapter.branch(site).norm_ip_k.weight.fill_(1.0)
+    assert change() > 2 * start, "zero values alone do not keep the base"
+
+
+@torch.no_grad()
+def test_at_the_start_attention_falls_to_the_image_tokens_at_full_size():
+    """With the widths of 3.5 large and the latents of 1024 pixels, whose values are 1 here; those of tokens are 0."""
+    torch.manual_seed(0)
+    projector = TimeResampler(feature_dim=1152, context_dim=2432)
+    branch = JointImageAttention(hidden_dim=128, context_dim=2432, time_dim=projector.time_dim, head_dim=64)
+    branch.start_near_the_base()
+    tokens = projector.tokens(torch.randn(1, 729, 1152), timesteps=torch.tensor([500.0]))
+    query, key = torch.randn(2, 1, 2, 4096, 64)
+    share = branch(query, key, torch.ones_like(key), tokens.states, tokens.time_embedding)
+    assert share.mean() < 0.05
+
+
+@torch.no_grad()
 def test_attention_without_query_norms_is_kept_bit_for_bit():
     """SD 3 medium, unlike 3.5, does not normalise queries and keys."""
     attention = JointTransformerBlock(64, 4, 16, qk_norm=None).attn
