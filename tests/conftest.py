@@ -68,6 +68,7 @@ def tiny_sd3(request, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory):
     """Folders of a tiny random SDXL and of a tiny CLIP image encoder."""
     return save_tiny_models(tmp_path_factory.mktemp("models_xl"), "sdxl")

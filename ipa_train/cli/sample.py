@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default="", help="text; none by default")
     parser.add_argument("--negative-prompt", default="")
     parser.add_argument(
-        "--scale", type=float, default=1.0, help="weight of the image, 0 to 1; less leaves more to the text"
+        "--scale", type=float, help="weight of the image; less leaves more to the text (default: 1, and 0.5 for SD 3)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num", type=int, default=4, help="pictures for each image prompt")
@@ -103,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
             # With the row's number, since pictures of several folders may have one name.
             _save(image, args.out / f"{row[0]}-{paths[row[0]].stem}-{args.seed + i}.png")
         drawn.append([*(ImageOps.fit(pictures[i], images[0].size) for i in row if pictures), *images])
-    label = f"image prompt, then {args.prompt!r} at scale {args.scale}"
+    at = "" if args.scale is None else f" at scale {args.scale}"
+    label = f"image prompt, then {args.prompt!r}{at}"
     _save(grid(drawn, [label] * len(drawn), cell=min(drawn[0][-1].width, 256)), args.out / "grid.png")
     sys.stdout.write(f"{len(drawn) * args.num} pictures and grid.png in {args.out}\n")
     return 0

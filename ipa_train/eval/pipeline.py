@@ -48,14 +48,15 @@ class AdapterPipeline:
         prompt: str,
         image_features: Sequence[Float[Tensor, "n *_"]],
         *,
-        scale: float = 1.0,
+        scale: float | None = None,
         masks: Sequence[Image.Image] = (),
         guidance_scale: float | None = None,
         **options: Any,
     ) -> list[Image.Image]:
         """Pictures of a prompt and of n image prompts together, by the pipeline's own options.
 
-        ``scale`` is the weight of the image prompts; ``masks`` are white where each of them counts.
+        ``scale`` is the weight of the image prompts, unless given diffusers' own; ``masks`` are white where each of
+        them counts.
 
         Raises:
             ConfigError: the family's pipeline takes no masks, or no several image prompts.
@@ -71,7 +72,9 @@ class AdapterPipeline:
             size = {name: options[name] for name in ("height", "width") if options.get(name)}
             stacked = IPAdapterMaskProcessor().preprocess(list(masks), **size).transpose(0, 1)
             options["cross_attention_kwargs"] = {"ip_adapter_masks": [stacked.to(self.pipeline.device)]}
-        self.pipeline.set_ip_adapter_scale([[scale] * len(masks)] if masks else scale)
+            self.pipeline.set_ip_adapter_scale([[1.0 if scale is None else scale] * len(masks)])
+        elif scale is not None:
+            self.pipeline.set_ip_adapter_scale(scale)
         images: list[Image.Image] = self.pipeline(prompt, **arguments, **options).images
         return images
 

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from ipa_train.adapter import FacePlusProjector, FaceProjector, IPAdapter, LinearProjector, Resampler, TimeResampler
 from ipa_train.bases import load_base
-from ipa_train.bases.tiny import randomise
+from ipa_train.bases.tiny import randomise, save_tiny_models
 from ipa_train.cli.main import main
 from ipa_train.export import from_interchange, read_adapter_file, to_interchange
 from ipa_train.export.file import nested
@@ -84,10 +84,9 @@ def test_xlabs_files_are_read_and_written_back_to_the_bit(suffix, flux_state, fl
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
-def test_a_file_trained_on_from_is_written_back_to_the_bit(family, tmp_path, request):
+def test_a_file_trained_on_from_is_written_back_to_the_bit(family, tmp_path):
     """fp16 file -> fp32 masters -> fp16 file."""
-    pipeline = request.getfixturevalue({"sd15": "tiny_models"}.get(family, f"tiny_{family}"))
-    base = load_base(str(pipeline[0] if isinstance(pipeline, tuple) else pipeline), dtype="float32")
+    base = load_base(str(save_tiny_models(tmp_path, family)[0]), dtype="float32")
     sites = base.attention_sites()
     sizes = {"feature_dim": 24, "context_dim": base.context_dim}
 
@@ -105,11 +104,9 @@ def test_a_file_trained_on_from_is_written_back_to_the_bit(family, tmp_path, req
 
 
 def test_xlabs_layout_of_another_family_is_refused(base, tmp_path, capfd):
-    projector = LinearProjector(feature_dim=24, context_dim=base.context_dim)
-    save_file(
-        to_interchange(IPAdapter(projector=projector, sites=base.attention_sites()), base.attention_sites()),
-        tmp_path / "a.safetensors",
-    )
-    assert main(["export", str(tmp_path / "a.safetensors"), "--layout", "xlabs", "--out", str(tmp_path / "out")]) == 2
+    projector, sites = LinearProjector(feature_dim=24, context_dim=base.context_dim), base.attention_sites()
+    path = tmp_path / "unet.safetensors"
+    save_file(to_interchange(IPAdapter(projector=projector, sites=sites), sites), path)
+    assert main(["export", str(path), "--layout", "xlabs", "--out", str(tmp_path / "out")]) == 2
     assert "--layout xlabs is for adapters of Flux" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
