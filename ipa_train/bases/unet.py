@@ -48,8 +48,8 @@ class UNetBase(Base):
         channels = unet.config.in_channels
         if channels != vae.num_channels:
             raise ConfigError(
-                f"base.path={path}: its UNet takes {channels} channels, not the {vae.num_channels} of noisy latents alone "
-                "(models for inpainting and editing do); give a text-to-image model."
+                f"base.path={path}: its UNet takes {channels} channels, not the {vae.num_channels} of noisy latents "
+                "alone (models for inpainting and editing do); give a text-to-image model."
             )
         self.unet, self.vae, self.path = unet, vae, path
         # Latents have no bounds; the folders of other schedulers do not say so, and DDIM clips unless it is told.
