@@ -15,6 +15,7 @@ from ipa_train.adapter.tokens import ImageTokens
 from ipa_train.bases.base import Base, MicroConditioning, TextConditioning
 from ipa_train.bases.vae import FrozenVAE
 from ipa_train.diffusion.schedule import VariancePreserving
+from ipa_train.errors import ConfigError
 
 
 def unet_attention_sites(unet: UNet2DConditionModel) -> list[AttentionSite]:
@@ -59,6 +60,12 @@ class UNetBase(Base):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        channels = unet.config.in_channels
+        if channels != vae.num_channels:
+            raise ConfigError(
+                f"base.path={path}: its UNet takes {channels} channels, not the {vae.num_channels} of noisy latents "
+                "alone (models for inpainting and editing do); give a text-to-image model."
+            )
         self.unet, self.vae, self.path = unet, vae, path
         # Latents have no bounds; the folders of other schedulers do not say so, and DDIM clips unless it is told.
         self.scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from ipa_train.bases import MicroConditioning, StableDiffusion, StableDiffusionXL
 from ipa_train.bases.families import load_base
@@ -95,3 +96,11 @@ def test_folders_of_other_families_are_refused_both_ways(tiny_sdxl, tiny_models)
     with pytest.raises(ConfigError, match=r"this is a StableDiffusionPipeline: choose base=sd15"):
         StableDiffusionXL.from_pretrained(str(tiny_models[0]))
     assert isinstance(load_base(str(tiny_sdxl[0])), StableDiffusionXL)
+
+
+def test_a_unet_for_inpainting_is_refused(tiny_sdxl, tmp_path):
+    folder = shutil.copytree(tiny_sdxl[0], tmp_path / "sdxl")
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    UNet2DConditionModel.from_config({**unet.config, "in_channels": 9}).save_pretrained(folder / "unet")
+    with pytest.raises(ConfigError, match="its UNet takes 9 channels, not the 4 of noisy latents alone"):
+        StableDiffusionXL.from_pretrained(str(folder))
