@@ -60,9 +60,11 @@ def test_only_the_adapter_learns_and_is_kept(variant, make_module, tmp_path, cap
         assert exports == []
         (line,) = said
         assert BASELINES[variant] in line
+        assert BASELINES[variant] in (checkpoint / "no_export.txt").read_text()
     else:
         assert exports == ["ip_adapter.bin", "ip_adapter.safetensors"]
         assert not said
+        assert not (checkpoint / "no_export.txt").exists()
         state, metadata = read_adapter_file(checkpoint / "ip_adapter.safetensors")
         assert sum(weight.numel() for weight in state.values()) == sum(w.numel() for w in before.values())
         assert metadata["shortcut"] == {"faceid_plus": "false", "faceid_plus_v2": "true"}.get(variant, "null")
