@@ -77,7 +77,7 @@ class IPAdapter(nn.Module):
 
     @property
     def scale(self) -> float:
-        """Weight of the image half at every site (lambda); 0 gives the base model bit for bit, without any LoRA."""
+        """Weight of the image half at every site (lambda); 0 gives the base model bit for bit."""
         return self._attached[0][2].scale
 
     @scale.setter

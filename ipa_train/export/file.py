@@ -19,9 +19,9 @@ from ipa_train.export.layouts import to_interchange
 from ipa_train.runtime.files import atomic_write
 from ipa_train.version import __version__
 
-NAME = "ip_adapter"
 NO_EXPORT = "no_export.txt"
 """Stands in a checkpoint in place of its export, and says why there is none."""
+NAME = "ip_adapter"
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _log = logging.getLogger(__name__)
 
