@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ipa_train.errors import CheckpointError, ConfigError, ExportError
 from ipa_train.export.description import describe
-from ipa_train.export.file import NAME, read_adapter_file, write_state
+from ipa_train.export.file import NAME, NO_EXPORT, read_adapter_file, write_state
 from ipa_train.export.loadability import loadability, require_loadable
+from ipa_train.export.usage import paste_lines
 from ipa_train.export.warm_start import image_encoder_of
 from ipa_train.training.checkpoint import newest_valid, verify
 
@@ -55,6 +56,9 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(f"{path}  {path.stat().st_size / 1e6:.1f} MB\n")
     for verdict in loadability(description, image_encoder_of(metadata)):
         sys.stdout.write(f"{verdict.loader}: {verdict}\n")
+    if description.family == "unet" and (account := image_encoder_of(metadata)):
+        lines = paste_lines(account, description.feature_kinds[0], shortcut=metadata.get("shortcut") == "true")
+        sys.stdout.write(f"\nHow to use it in diffusers:\n\n{lines}" if lines else "")
     return 0
 
 
@@ -67,11 +71,8 @@ def _read_file(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, A
 
 def _read_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Any]]:
     checkpoint = _find_checkpoint(args.source)
-    if not (checkpoint / f"{NAME}.safetensors").is_file():
-        raise ExportError(
-            f"{checkpoint}: a checkpoint of a baseline (adapter.sites.attention, adapter.train_denoiser), and no "
-            "loader takes such an adapter: there is nothing to export."
-        )
+    if (checkpoint / NO_EXPORT).is_file():
+        raise ExportError(f"{checkpoint}: there is nothing to export: {(checkpoint / NO_EXPORT).read_text().strip()}.")
     _, metadata = read_adapter_file(checkpoint / f"{NAME}.safetensors")
     names = json.loads(metadata.pop("state_names"))
     averaged = (checkpoint / "ema.safetensors").exists() and not args.no_ema

@@ -20,6 +20,8 @@ from ipa_train.export.xlabs import from_xlabs, is_xlabs, to_xlabs
 from ipa_train.runtime.files import atomic_write
 from ipa_train.version import __version__
 
+NO_EXPORT = "no_export.txt"
+"""Stands in a checkpoint in place of its export, and says why there is none."""
 NAME = "ip_adapter"
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _log = logging.getLogger(__name__)

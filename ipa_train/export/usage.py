@@ -31,18 +31,20 @@ pipe.load_ip_adapter(".", subfolder="", weight_name="ip_adapter.safetensors", im
 """
 _LOOKS = """\
 looks = torch.cat([encoder.null_features("penultimate"), encoder.encode(picture, "penultimate")])[:, None]
-pipe.unet.encoder_hid_proj.image_projection_layers[0].clip_embeds = looks.to(pipe.device, pipe.dtype)
+projection = pipe.unet.encoder_hid_proj.image_projection_layers[0]
+projection.clip_embeds, projection.shortcut = looks.to(pipe.device, pipe.dtype), {shortcut}
 """
 _DRAW = """\
 image = pipe("a caption", ip_adapter_image_embeds=[both.to(pipe.device, pipe.dtype)]).images[0]
 """
 
 
-def paste_lines(identity: Mapping[str, Any], kind: FeatureKind) -> str:
+def paste_lines(identity: Mapping[str, Any], kind: FeatureKind, *, shortcut: bool = False) -> str:
     """Python that draws with a diffusers pipeline ``pipe`` of a UNet base; "" if its loader holds the encoder itself.
 
     ``identity`` is that of the encoder (``ImageEncoder.identity()``), ``kind`` that of the features which the adapter
-    reads; a FaceID-Plus adapter reads both, whatever is said. Run where ``ip_adapter.safetensors`` lies, and
+    reads; a FaceID-Plus adapter reads both, whatever is said, and
+    ``shortcut`` is whether it is of the second version. Run where ``ip_adapter.safetensors`` lies, and
     ``image_prompt.png`` or ``embedding.npy``; an encoder that was loaded from a folder is named by that folder's name.
 
     Raises:
@@ -68,7 +70,7 @@ def paste_lines(identity: Mapping[str, Any], kind: FeatureKind) -> str:
         ),
         _LOAD,
     ]
-    lines += [_LOOKS] if face else []
+    lines += [_LOOKS.format(shortcut=shortcut)] if face else []
     return "".join([*lines, _DRAW])
 
 

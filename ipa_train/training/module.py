@@ -21,7 +21,7 @@ from ipa_train.data.cache import encoders_identity
 from ipa_train.diffusion.objective import Objective
 from ipa_train.diffusion.timesteps import Timesteps
 from ipa_train.errors import ConfigError
-from ipa_train.export.file import write_export
+from ipa_train.export.file import NO_EXPORT, write_export
 from ipa_train.export.layouts import interchange_names
 from ipa_train.runtime.seeding import Draws
 from ipa_train.training.ema import AdapterEMA
@@ -150,9 +150,10 @@ class AdapterTraining(lightning.LightningModule):
     def write_exports(self, folder: Path) -> None:
         """Write the adapter, averaged if there is an average, as interchange files; called for every checkpoint.
 
-        Of an adapter that no loader takes there are none, as was said at the start.
+        Of an adapter that no loader takes there are none, but a line that says why.
         """
         if self.adapter.unexportable is not None:
+            (folder / NO_EXPORT).write_text(f"{self.adapter.unexportable}\n")
             return
         # A hub id as it is; of a folder its name, since the rest is nobody's business.
         base = Path(self.base.path).name if Path(self.base.path).is_dir() else self.base.path

@@ -60,12 +60,29 @@ def test_only_the_adapter_learns_and_is_kept(variant, make_module, tmp_path, cap
         assert exports == []
         (line,) = said
         assert BASELINES[variant] in line
+        assert BASELINES[variant] in (checkpoint / "no_export.txt").read_text()
     else:
         assert exports == ["ip_adapter.bin", "ip_adapter.safetensors"]
         assert not said
+        assert not (checkpoint / "no_export.txt").exists()
         state, metadata = read_adapter_file(checkpoint / "ip_adapter.safetensors")
         assert sum(weight.numel() for weight in state.values()) == sum(w.numel() for w in before.values())
         assert metadata["shortcut"] == {"faceid_plus": "false", "faceid_plus_v2": "true"}.get(variant, "null")
+
+
+@pytest.mark.parametrize("variant", ["faceid_plus_v2", "simple"])
+def test_a_bf16_base_follows_fp32(variant, make_module, tiny_models):
+    bf16 = StableDiffusion.from_pretrained(str(tiny_models[0]), dtype="bfloat16", gradient_checkpointing=True)
+    flat = []
+    for options in ({}, {"base": bf16}):
+        module = make_module(**VARIANTS[variant], **options)
+        for name, weight in module.adapter.named_parameters():
+            if name.endswith("_lora.up.weight"):
+                torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        module.training_step(make_batch(range(4)), 0).backward()
+        assert {p.dtype for p in module.adapter.parameters()} == {torch.float32}
+        flat.append(torch.cat([p.grad.flatten() for p in module.adapter.parameters()]))
+    assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.99
 
 
 def test_a_denoiser_is_not_trained_in_bf16(make_module, tiny_models):
