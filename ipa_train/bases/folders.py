@@ -16,7 +16,6 @@ _CHOICES = {
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux_dev or base=flux_schnell",
-    "KolorsPipeline": "kolors",
 }
 
 

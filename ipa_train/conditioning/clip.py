@@ -42,7 +42,7 @@ class CLIPImageEncoder(VisionModelEncoder):
         config = self.model.config
         return int(config.projection_dim if kind == "pooled" else config.hidden_size)
 
-    def _features(self, pixels: Float[Tensor, "b c h w"], kind: FeatureKind) -> Float[Tensor, "b *s f"]:
+    def _features(self, pixels: Float[Tensor, "b c h w"], kind: FeatureKind) -> Float[Tensor, "b *_"]:
         pixels = pixels.to(self.model.dtype)
         if kind == "pooled":
             return cast(Tensor, self.model(pixels).image_embeds)

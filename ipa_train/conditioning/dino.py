@@ -53,6 +53,6 @@ class DinoImageEncoder(VisionModelEncoder):
         """Width of the hidden states, the class token among them."""
         return int(self.model.config.hidden_size)
 
-    def _features(self, pixels: Float[Tensor, "b c h w"], kind: FeatureKind) -> Float[Tensor, "b *s f"]:
+    def _features(self, pixels: Float[Tensor, "b c h w"], kind: FeatureKind) -> Float[Tensor, "b *_"]:
         output = self.model(pixels.to(self.model.dtype), output_hidden_states=kind == "penultimate")
         return cast(Tensor, output.pooler_output if kind == "pooled" else output.hidden_states[self.layer])

@@ -55,7 +55,7 @@ class FaceImageEncoder(ImageEncoder):
         kind: FeatureKind,
         *,
         embeddings: Float[Tensor, "b *s f"] | None = None,
-    ) -> Float[Tensor, "b *s f"]:
+    ) -> Float[Tensor, "b *_"]:
         """Features of one of the two."""
         return self._part(kind).encode(image_prompts, kind, embeddings=embeddings)
 

@@ -34,7 +34,7 @@ class ImageEncoder(nn.Module, ABC):
         kind: FeatureKind,
         *,
         embeddings: Float[Tensor, "b *s f"] | None = None,
-    ) -> Float[Tensor, "b *s f"]:
+    ) -> Float[Tensor, "b *_"]:
         """Features of RGB 0..255 pictures, or of stored embeddings: (b, f) pooled or (b, s, f) penultimate.
 
         Raises:

@@ -57,7 +57,7 @@ class SiglipImageEncoder(VisionModelEncoder):
             )
         return int(self.model.config.hidden_size)
 
-    def _features(self, pixels: Float[Tensor, "b c h w"], kind: FeatureKind) -> Float[Tensor, "b *s f"]:
+    def _features(self, pixels: Float[Tensor, "b c h w"], kind: FeatureKind) -> Float[Tensor, "b *_"]:
         inputs: dict[str, Any] = {"pixel_values": pixels.to(self.model.dtype)}
         if isinstance(self.model, Siglip2VisionModel):
             inputs = _patches(inputs["pixel_values"], self.model.config.patch_size)

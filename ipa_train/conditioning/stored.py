@@ -55,7 +55,7 @@ class StoredEmbeddings(ImageEncoder):
         kind: FeatureKind,
         *,
         embeddings: Float[Tensor, "b *s f"] | None = None,
-    ) -> Float[Tensor, "b *s f"]:
+    ) -> Float[Tensor, "b *_"]:
         """The embeddings in fp32, and at unit length if so asked; pictures are not looked at."""
         self.feature_dim(kind)
         got = None if embeddings is None else tuple(embeddings.shape[1:])

@@ -64,7 +64,7 @@ class VisionModelEncoder(ImageEncoder):
         kind: FeatureKind,
         *,
         embeddings: Float[Tensor, "b *s f"] | None = None,
-    ) -> Float[Tensor, "b *s f"]:
+    ) -> Float[Tensor, "b *_"]:
         """Features of RGB 0..255 images: (b, f) pooled or (b, s, f) penultimate.
 
         Pictures of another size than ``image_size`` square are resized and cropped as CLIP's own processor does it, to
@@ -92,7 +92,7 @@ class VisionModelEncoder(ImageEncoder):
         return torch.zeros_like(features) if null == "zero_features" else features
 
     @abstractmethod
-    def _features(self, pixels: Float[Tensor, "b c h w"], kind: FeatureKind) -> Float[Tensor, "b *s f"]:
+    def _features(self, pixels: Float[Tensor, "b c h w"], kind: FeatureKind) -> Float[Tensor, "b *_"]:
         """Features of normalised pictures."""
 
     def identity(self) -> dict[str, Any]:
