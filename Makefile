@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup test lint demo demo-base clean
+.PHONY: help setup test lint compatibility demo demo-base clean
 
 help:
 	@echo "make setup      the environment, from requirements.lock"
 	@echo "make test       lint, types and all tests"
+	@echo "make compatibility  the table of docs/compatibility.md, written from its tests"
 	@echo "make demo       train an adapter on a tiny world, load it in diffusers, draw before and after (about 10 minutes)"
 	@echo "make demo-base  train the demo's base model anew (about an hour)"
 	@echo "make clean      remove .venv and outputs/"
@@ -30,6 +31,9 @@ lint: setup
 
 test: lint $(VENV)/img2dataset/ready
 	$(BIN)/pytest
+
+compatibility: setup
+	$(BIN)/pytest tests/compatibility --write-table
 
 # An environment of its own: it pins older packages than training needs. It is for the tests of `ipa data download`.
 $(VENV)/img2dataset/ready: data_tools/img2dataset.lock $(VENV)/ready

@@ -1,8 +1,11 @@
 """The sizes of released models, for what can be said on the meta device."""
 
+from dataclasses import replace
+
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
+from ipa_train.bases.adapter_sites import BASELINES
 from ipa_train.bases.flux import flux_attention_sites
 from ipa_train.bases.sd3 import sd3_attention_sites
 from ipa_train.bases.unet import unet_attention_sites, unet_low_rank_sites
@@ -64,12 +67,24 @@ WIDTHS = {
 """Of the features of each image encoder, by its config's name."""
 
 
-def official_sites(base, *, lora_rank=0):
-    """Sites of a base, by its config's name, and of a LoRA; call it on the meta device."""
+def official_denoiser(base):
+    """The model that a base runs, by the base's config; call it on the meta device."""
     assert torch.get_default_device().type == "meta"
     if base.startswith("flux"):
-        return flux_attention_sites(FluxTransformer2DModel(num_single_layers=0))
+        return FluxTransformer2DModel(num_single_layers=0)  # these take no image tokens
     if base.startswith("sd3"):
-        return sd3_attention_sites(SD3Transformer2DModel(**{"sd3": SD35_LARGE, "sd35_medium": SD35_MEDIUM}[base]))
-    unet = UNet2DConditionModel(**{"sd15": SD15_UNET, "sd21": SD21_UNET, "sdxl": SDXL_UNET}[base])
-    return unet_attention_sites(unet) + (unet_low_rank_sites(unet, lora_rank) if lora_rank else [])
+        return SD3Transformer2DModel(**{"sd3": SD35_LARGE, "sd35_medium": SD35_MEDIUM}[base])
+    return UNet2DConditionModel(**{"sd15": SD15_UNET, "sd21": SD21_UNET, "sdxl": SDXL_UNET}[base])
+
+
+def official_sites(base, *, lora_rank=0, attention="decoupled"):
+    """Where an adapter attaches to a base, and its LoRA; call it on the meta device."""
+    model = official_denoiser(base)
+    if base.startswith("flux"):
+        return flux_attention_sites(model)
+    if base.startswith("sd3"):
+        return sd3_attention_sites(model)
+    sites = unet_attention_sites(model)
+    if attention != "decoupled":
+        sites = [replace(site, branch=BASELINES[attention]) for site in sites]
+    return sites + (unet_low_rank_sites(model, lora_rank) if lora_rank else [])

@@ -6,6 +6,7 @@ from typing import Any, cast
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
+from ipa_train.adapter.lora import LowRankSite
 from ipa_train.adapter.projector import Projector
 from ipa_train.adapter.sites import AttentionSite, ImageBranch, Processor
 from ipa_train.adapter.tokens import ImageTokens
@@ -96,14 +97,17 @@ class IPAdapter(nn.Module):
         Raises:
             ConfigError: set for a site that is not there.
         """
-        return {site.name: processor.scale for site, _, processor in self._attached}
+        return {
+            site.name: processor.scale for site, _, processor in self._attached if not isinstance(site, LowRankSite)
+        }
 
     @scales.setter
     def scales(self, values: Mapping[str, float]) -> None:
-        """Sites that are not named get 0."""
+        """Sites that are not named get 0; a LoRA acts in full unless all do."""
         known = self.scales
         for name in values:
             if name not in known:
                 raise ConfigError(f"scales: there is no site {name!r}.{did_you_mean(name, known)}")
         for site, _, processor in self._attached:
-            processor.scale = values.get(site.name, 0.0)
+            low_rank = isinstance(site, LowRankSite)
+            processor.scale = float(any(values.values())) if low_rank else values.get(site.name, 0.0)

@@ -13,7 +13,8 @@ Attention = Literal["decoupled", "concatenated", "image_only"]
 """``decoupled``: keys and values of the image's own, the IP-Adapter. ``concatenated``: the paper's "simple adapter".
 ``image_only``: image tokens in place of the text."""
 
-_BASELINES: dict[str, type[ImageBranch]] = {"concatenated": ConcatenatedAttention, "image_only": ImageOnlyAttention}
+BASELINES: dict[str, type[ImageBranch]] = {"concatenated": ConcatenatedAttention, "image_only": ImageOnlyAttention}
+"""The branches of the paper's baselines."""
 
 
 def adapter_sites(base: Base, *, attention: Attention = "decoupled", lora_rank: int = 0) -> list[AttentionSite]:
@@ -30,11 +31,11 @@ def adapter_sites(base: Base, *, attention: Attention = "decoupled", lora_rank: 
     if lora_rank < 0:
         raise ConfigError(f"adapter.sites.lora_rank must be at least 0 (none), got {lora_rank}.")
     sites = base.attention_sites()
-    if attention in _BASELINES:
+    if attention in BASELINES:
         if any(site.branch is not ImageAttention for site in sites):
             raise ConfigError(
                 f"adapter.sites.attention={attention} needs the cross-attention of a UNet, and {base.pipeline_class} "
                 "has none; choose decoupled."
             )
-        sites = [replace(site, branch=_BASELINES[attention]) for site in sites]
+        sites = [replace(site, branch=BASELINES[attention]) for site in sites]
     return sites + (base.low_rank_sites(lora_rank) if lora_rank else [])

@@ -35,14 +35,14 @@ class Loadability:
         return not self.reasons
 
     def __str__(self) -> str:
-        return "; ".join(self.reasons) if self.reasons else f"loads{': ' if self.note else ''}{self.note}"
+        return "; ".join(self.reasons) if self.reasons else f"loads{', ' if self.note else ''}{self.note}"
 
 
 def loadability(adapter: AdapterDescription, image_encoder: Mapping[str, Any] | None = None) -> list[Loadability]:
     """The verdict of each loader; ``image_encoder`` is its account of itself in an export's metadata, where known."""
     foreign = _foreign_encoder(adapter, image_encoder or {})
-    computed = "image features are computed outside and given as ip_adapter_image_embeds" if foreign else ""
-    own_features = [f"it computes the features of CLIP itself, and this adapter reads {foreign}"] if foreign else []
+    computed = "by ip_adapter_image_embeds" if foreign else ""
+    own_features = [f"it encodes pictures with CLIP, and this adapter reads {foreign}"] if foreign else []
     if adapter.family == "flux":
         own_layout = ["it wants its own names: write them with ipa export --layout xlabs"]
         return [
@@ -58,7 +58,7 @@ def loadability(adapter: AdapterDescription, image_encoder: Mapping[str, Any] | 
             _knows_only("Tencent ip_adapter", adapter),
         ]
     numbers, tokens = _numbers(adapter, step=2), _tokens(adapter)
-    face_note = "it wants face embeddings as ip_adapter_image_embeds" if adapter.variant.startswith("faceid") else ""
+    face_note = "face embeddings as ip_adapter_image_embeds" if adapter.variant.startswith("faceid") else ""
     return [
         Loadability("diffusers", (*tokens, *numbers), face_note or computed),
         Loadability("ComfyUI_IPAdapter_plus", (*tokens, *_comfy(adapter), *own_features, *numbers)),

@@ -78,7 +78,7 @@ def check_sites(found: AdapterDescription, sites: Sequence[AttentionSite], *, so
             )
 
 
-def image_encoder_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+def image_encoder_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The account that an export's encoder gave of itself; nothing where the file does not say."""
     try:
         account = json.loads(metadata.get("image_encoder", "{}"))

@@ -67,6 +67,16 @@ def test_baselines_do_not_start_from_adapter_files(base):
         from_interchange(state, baseline(base, "concatenated"), sites, source="a.safetensors")
 
 
+def test_transformers_have_none_of_this(flux):
+    for attention in ("concatenated", "image_only"):
+        with pytest.raises(ConfigError, match=f"attention={attention} needs the cross-attention of a UNet"):
+            adapter_sites(flux, attention=attention)
+    with pytest.raises(ConfigError, match=r"adapter\.sites\.lora_rank=4: a LoRA goes with adapters of UNets"):
+        adapter_sites(flux, lora_rank=4)
+    with pytest.raises(ConfigError, match=r"adapter\.train_denoiser: fine-tuning is a baseline for UNets"):
+        _ = flux.denoiser
+
+
 def test_what_cannot_attach_is_refused(base):
     with pytest.raises(ConfigError, match=r"adapter\.sites\.lora_rank must be at least 0 \(none\), got -1"):
         adapter_sites(base, lora_rank=-1)

@@ -75,6 +75,21 @@ def test_the_lora_is_off_where_the_adapter_is(base):
     assert torch.equal(predict(base, tokens), before)
 
 
+@torch.no_grad()
+def test_the_lora_acts_in_full_unless_all_sites_are_off(base):
+    adapter = randomise(face_adapter(base), seed=1).attach(adapter_sites(base, lora_rank=8))
+    tokens, before = adapter(torch.randn(2, 24)), predict(base, None)
+    names = [site.name for site in base.attention_sites()]
+    assert list(adapter.scales) == names, "a LoRA has no weight of its own"
+    adapter.scales = {names[0]: 1e-12}
+    little = predict(base, tokens)
+    adapter.scale = 1e-12
+    torch.testing.assert_close(predict(base, tokens), little)
+    assert not torch.allclose(little, before, rtol=0.01)
+    adapter.scales = {}
+    assert torch.equal(predict(base, tokens), before)
+
+
 def test_detach_is_the_inverse_of_attach(base):
     processors, keys = base.unet.attn_processors, list(base.state_dict())
     adapter = face_adapter(base).attach(adapter_sites(base, lora_rank=8))

@@ -42,6 +42,8 @@ class Finding:
     """What was found of a row: who loads the file at the official sizes, and how far the denoisers are apart."""
 
     row: Row
+    num_parameters: int
+    """That are trained, at the official sizes."""
     verdicts: dict[str, str]
     error: float | None
     """Relative; None for a baseline, which has no file."""
@@ -50,15 +52,26 @@ class Finding:
         """One line of the table, but for the error."""
         exported = "no file" if self.error is None else "yes"
         loaders = [self.verdicts.get(loader, "no") for loader in _LOADERS]
-        return [self.row.base, self.row.adapter, self.row.image_encoder, "yes", "yes", exported, *loaders]
+        names = [self.row.base, self.row.adapter, self.row.image_encoder]
+        return [*names, f"{self.num_parameters:,}", "yes", "yes", exported, *loaders]
 
 
 def write_table(findings: list[Finding]) -> None:
     """Put the findings into the docs, in the order of ROWS."""
-    head = ["base", "adapter", "image_encoder", "trains", "resumes", "exports", *_LOADERS, "error"]
+    head = [
+        "base",
+        "adapter",
+        "image_encoder",
+        "trained parameters",
+        "trains",
+        "resumes",
+        "exports",
+        *_LOADERS,
+        "error",
+    ]
     lines = [head, ["---"] * len(head)]
     for finding in sorted(findings, key=lambda f: [*ROWS, *BASELINES].index(f.row)):
-        lines.append([*finding.cells(), "" if finding.error is None else f"{finding.error:.0e}"])
+        lines.append([*finding.cells(), "" if finding.error is None else f"{finding.error:.0g}"])
     text = TABLE.read_text()
     before, rest = text.split(_BEGIN)
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)

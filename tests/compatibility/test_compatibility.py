@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from ipa_train.adapter import IPAdapter
@@ -16,7 +15,7 @@ from ipa_train.export import describe, loadability, read_adapter_file, to_interc
 from ipa_train.export.warm_start import image_encoder_of
 from tests.compatibility.conftest import EMBEDDING_DIM
 from tests.compatibility.rows import BASELINES, ROWS, Finding, table_rows
-from tests.official import WIDTHS, official_sites
+from tests.official import WIDTHS, official_denoiser, official_sites
 
 
 @pytest.fixture
@@ -72,13 +71,18 @@ def test_row(row, overrides, tmp_path, capfd, findings, request):
     if row in BASELINES:
         assert status == 2
         assert "baseline" in capfd.readouterr().err
-        finding = Finding(row, {}, None)
+        adapter, _ = official_adapter(row)
+        finding = Finding(row, num_parameters(adapter), {}, None)
     else:
         assert status == 0
         file = out / "ip_adapter.safetensors"
         error = parity_error(row, [*options, "run.name=x"], whole, file)
         assert error < 1e-5
-        finding = Finding(row, official_verdicts(row, image_encoder_of(read_adapter_file(file)[1])), error)
+        adapter, sites = official_adapter(row)
+        description = describe(to_interchange(adapter, sites), source=str(row))
+        assert description.num_parameters == num_parameters(adapter)
+        verdicts = loadability(description, image_encoder_of(read_adapter_file(file)[1]))
+        finding = Finding(row, num_parameters(adapter), {v.loader: str(v) for v in verdicts}, error)
     findings.append(finding)
     if request.config.getoption("--write-table"):
         return
@@ -124,22 +128,23 @@ def parity_error(row, options, checkpoint, file):
     return relative_error(theirs, own)
 
 
-def official_verdicts(row, image_encoder):
-    """What each loader makes of an adapter of the official sizes."""
-    options = (
-        ["adapter.projector.dim=1280", "adapter.projector.heads=20"]
-        if row.base == "sdxl" and row.adapter == "plus"
-        else []
-    )
+def official_adapter(row):
+    """An adapter of the official sizes, and its sites; they take no memory."""
+    sdxl_plus = (row.base, row.adapter) == ("sdxl", "plus")
+    options = ["adapter.projector.dim=1280", "adapter.projector.heads=20"] if sdxl_plus else []
     config = load_config(["run.name=x", "data.shards=x", f"adapter={row.adapter}", *options])
     projector = instantiate(config.adapter.projector)
     widths = [WIDTHS[row.image_encoder][kind] for kind in projector.func.feature_kinds]
     with torch.device("meta"):
-        sites = official_sites(row.base, lora_rank=OmegaConf.select(config, "adapter.sites.lora_rank") or 0)
+        sites = official_sites(row.base, **{k: v for k, v in config.adapter.get("sites", {}).items() if k[0] != "_"})
         sizes = dict(zip(("feature_dim", "hidden_dim"), widths, strict=False))
-        adapter = IPAdapter(projector=projector(**sizes, context_dim=sites[0].context_dim), sites=sites)
-    description = describe(to_interchange(adapter, sites), source=str(row))
-    return {verdict.loader: str(verdict) for verdict in loadability(description, image_encoder)}
+        denoiser = official_denoiser(row.base) if config.adapter.get("train_denoiser") else None
+        projector = projector(**sizes, context_dim=sites[0].context_dim)
+        return IPAdapter(projector=projector, sites=sites, denoiser=denoiser), sites
+
+
+def num_parameters(adapter):
+    return sum(weight.numel() for weight in adapter.parameters())
 
 
 def first_output(base, draw):

@@ -24,6 +24,11 @@ def test_resumed_they_are_bit_equal(variant, train_command, tmp_path, capfd):
         assert whole.keys() == parts.keys()
         assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert not list(checkpoint(tmp_path / "whole").glob("ip_adapter*"))
+    assert main(["export", str(tmp_path / "whole"), "--out", str(tmp_path / "exported")]) != 0
+    assert "there is nothing to export: " in capfd.readouterr().err
+    assert not (tmp_path / "exported").exists()
+    assert main(["check", *train_command("checked", option)[1:]]) == 0
+    assert "no loader will take it: " in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

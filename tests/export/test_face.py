@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from ipa_train.adapter import FacePlusProjector, FaceProjector, ImageTokens, IPAdapter
-from ipa_train.bases import StableDiffusion, adapter_sites
+from ipa_train.bases import adapter_sites, load_base
 from ipa_train.bases.tiny import randomise
 from ipa_train.eval.generate import generate
 from ipa_train.export import read_adapter_file, to_interchange, write_export
-from tests.export.test_parity import relative_error
+from tests.export.parity import predictions, relative_error
 
 FACE_DIM, HIDDEN_DIM = 20, 40
 PLUS = {"feature_dim": FACE_DIM, "hidden_dim": HIDDEN_DIM}
@@ -44,7 +44,7 @@ def features(adapter):
 
 def load_in_diffusers(model, folder, variant, null, image):
     """A pipeline with the adapter, told what files do not say; and the embeddings that it takes."""
-    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipe = DiffusionPipeline.from_pretrained(model)
     pipe.load_ip_adapter(str(folder), subfolder="", weight_name="ip_adapter.safetensors", image_encoder_folder=None)
     pipe.set_progress_bar_config(disable=True)
     embeds = [torch.stack(pair) for pair in zip(null, image, strict=True)]
@@ -56,11 +56,11 @@ def load_in_diffusers(model, folder, variant, null, image):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", ["sd15", "sd21"])
+@pytest.mark.parametrize("models", ["tiny_models", "tiny_sd21", "tiny_sdxl"])
 @torch.no_grad()
-def test_tokens_and_denoiser_equal_the_training_graph(family, variant, tiny_models, tiny_sd21, tmp_path):
-    model = (tiny_models if family == "sd15" else tiny_sd21)[0]
-    base = StableDiffusion.from_pretrained(str(model), dtype="float32")
+def test_tokens_and_denoiser_equal_the_training_graph(models, variant, request, tmp_path):
+    model = request.getfixturevalue(models)[0]
+    base = load_base(str(model), dtype="float32")
     adapter, sites = exported(variant, base, tmp_path)
     null, image = features(adapter)
     pipe, embeds = load_in_diffusers(model, tmp_path, variant, null, image)
@@ -72,19 +72,16 @@ def test_tokens_and_denoiser_equal_the_training_graph(family, variant, tiny_mode
     for own, theirs in zip(both.states, tokens.flatten(1, 2), strict=True):
         assert relative_error(own, theirs) < 1e-5
 
-    noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-    timesteps, text = torch.tensor([700, 700]), base.encode_text(["", "a house"])
     adapter.attach(sites)
     for scale in (1.0, 0.4):
         adapter.scale = scale
         pipe.set_ip_adapter_scale(scale)
-        own = base.predict(noisy, timesteps, text, both)
-        theirs = pipe.unet(noisy, timesteps, text.context, added_cond_kwargs={"image_embeds": [embeds]}).sample
+        own, theirs = predictions(base, both, pipe, [embeds])
         for half, their_half in zip(own, theirs, strict=True):
             assert relative_error(half, their_half) < 1e-5
     if lora_rank:
         pipe.set_adapters("faceid_0", 0.0)
-        without = pipe.unet(noisy, timesteps, text.context, added_cond_kwargs={"image_embeds": [embeds]}).sample
+        _, without = predictions(base, both, pipe, [embeds])
         assert relative_error(without, theirs) > 1e-2
 
 
