@@ -23,6 +23,7 @@ _BASES = {
     ("sd3", 1536, 37): "SD 3.5 medium",
     ("sd3", 1536, 24): "SD 3 medium",
     ("flux", 4096, 19): "Flux",
+    ("instantx_flux", 4096, 57): "Flux",
 }
 
 

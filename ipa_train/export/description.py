@@ -24,9 +24,10 @@ class AdapterDescription:
     """Sizes that decide what an adapter fits and who can load it."""
 
     family: Family
-    """Of bases: ``unet`` (SD 1.x, SD 2.x, SDXL, Kolors), ``sd3`` or ``flux``."""
+    """Of bases: ``unet`` (SD 1.x, SD 2.x, SDXL, Kolors), ``sd3`` or ``flux``; ``instantx_flux`` are InstantX' adapters
+    of all of Flux' blocks, which nothing here trains and diffusers does not load."""
     variant: str
-    """``linear``, ``plus``, ``full``, ``faceid``, ``faceid_plus`` or ``time_resampler``."""
+    """``linear``, ``plus``, ``full``, ``faceid``, ``faceid_plus``, ``time_resampler`` or ``instantx``."""
     feature_dim: int
     """Width of the image features it reads."""
     hidden_dim: int | None
@@ -48,7 +49,7 @@ class AdapterDescription:
         """The image features it reads."""
         if self.variant == "faceid_plus":
             return ("pooled", "penultimate")
-        return ("pooled",) if self.variant in ("linear", "faceid") else ("penultimate",)
+        return ("pooled",) if self.variant in ("linear", "faceid", "instantx") else ("penultimate",)
 
 
 def describe(state: Mapping[str, Tensor], *, source: str) -> AdapterDescription:
@@ -66,11 +67,6 @@ def describe(state: Mapping[str, Tensor], *, source: str) -> AdapterDescription:
             f"{', '.join(sorted(shapes)[:2]) or 'none at all'}."
         )
     family = family_of(shapes, numbers)
-    if family == "flux" and not any(name.endswith(".bias") and ".to_k_ip." in name for name in shapes):
-        raise ExportError(
-            f"{source}: this is a Flux adapter in InstantX's layout ({len(numbers)} blocks, keys and values without "
-            "biases), which diffusers cannot load; give one in XLabs' or diffusers' layout."
-        )
     keys = {n: shapes[f"ip_adapter.{n}.to_k_ip.weight"] for n in numbers}
     context_dim, lora_rank = (0, *keys[numbers[0]])[-1], lora_rank_of(shapes)
     projector = projector_of(family, shapes, context_dim, source)
@@ -94,7 +90,7 @@ def describe(state: Mapping[str, Tensor], *, source: str) -> AdapterDescription:
     heads_dim, resampler_dim = next(filter(None, to_q), (None, None))
     return AdapterDescription(
         family=family,
-        variant=projector.variant,
+        variant="instantx" if family == "instantx_flux" else projector.variant,
         feature_dim=projector.feature_dim,
         hidden_dim=getattr(projector, "hidden_dim", None),
         context_dim=context_dim,

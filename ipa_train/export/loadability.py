@@ -16,7 +16,7 @@ _SDXL_CONTEXT_DIM = 2048
 _KOLORS_RESAMPLER_DIM = 2048
 _FACE_DIM = 512
 _FLUX_ROWS_OF_16_TOKENS = 65_536
-_FAMILY_NAMES = {"unet": "UNets", "sd3": "SD 3", "flux": "Flux"}
+_FAMILY_NAMES = {"unet": "UNets", "sd3": "SD 3", "flux": "Flux", "instantx_flux": "Flux"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,14 @@ def loadability(adapter: AdapterDescription, image_encoder: Mapping[str, Any] | 
             _knows_only("ComfyUI_IPAdapter_plus", adapter),
             _knows_only("Tencent ip_adapter", adapter),
             Loadability("XLabs x-flux", (*own_features, *own_layout)),
+        ]
+    if adapter.family == "instantx_flux":
+        other = ("it knows Flux adapters with one linear projection and biases, not InstantX' kind",)
+        return [
+            Loadability("diffusers", other),
+            _knows_only("ComfyUI_IPAdapter_plus", adapter),
+            _knows_only("Tencent ip_adapter", adapter),
+            Loadability("XLabs x-flux", other),
         ]
     if adapter.family == "sd3":
         return [

@@ -24,7 +24,7 @@ from ipa_train.errors import ConfigError, ExportError
 
 _Shape = tuple[int, ...]
 Shapes = Mapping[str, _Shape]
-Family = Literal["unet", "sd3", "flux"]
+Family = Literal["unet", "sd3", "flux", "instantx_flux"]
 _LORA_PARTS = ("to_q_lora", "to_k_lora", "to_v_lora", "to_out_lora")
 
 
@@ -32,7 +32,10 @@ def family_of(shapes: Shapes, numbers: list[int]) -> Family:
     """The family of bases that a file's branches fit: UNets count from 1, transformers from 0."""
     if any(name.startswith("image_proj.time_embedding.") or ".norm_ip." in name for name in shapes):
         return "sd3"
-    return "flux" if numbers[0] == 0 else "unet"
+    if numbers[0] > 0:
+        return "unet"
+    has_biases = any(name.endswith(("to_k_ip.bias", "to_v_ip.bias")) for name in shapes)
+    return "flux" if has_biases else "instantx_flux"
 
 
 def lora_rank_of(shapes: Shapes) -> int:
@@ -131,6 +134,7 @@ _MAKERS: dict[Family, dict[str, Callable[[Shapes, int], Projector]]] = {
         _RESAMPLER: partial(_resampler, Resampler),
     },
     "flux": {"proj.weight": _linear},
+    "instantx_flux": {"proj.0.weight proj.2.weight norm.weight": _face},
     "sd3": {_RESAMPLER: partial(_resampler, TimeResampler)},
 }
 

@@ -44,7 +44,7 @@ def from_interchange(
     """
     found, wanted = describe(state, source=source), describe_adapter(adapter, sites)
     for what, advice in (
-        ("family", "choose a base of the family {}"),
+        ("family", "give a file made for this base's family"),
         ("variant", "choose adapter={}"),
         ("feature_dim", "choose the image_encoder whose features have width {}"),
         ("context_dim", "choose a base whose image tokens have width {}"),

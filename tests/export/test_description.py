@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ipa_train.adapter import LinearProjector, MLPProjector, Resampler
+from ipa_train.adapter import FaceProjector, LinearProjector, MLPProjector, Resampler
 from ipa_train.errors import ExportError
 from ipa_train.export import describe, loadability, require_loadable, to_interchange
 from ipa_train.export.description import AdapterDescription
@@ -52,10 +52,17 @@ def test_a_tensor_too_many_is_refused_by_name(make_state):
             describe(make_state("plus") | {name: torch.zeros(64, 64)}, source="x")
 
 
-def test_instantx_flux_is_refused_by_name():
-    state = {"image_proj.proj.0.weight": torch.zeros(8, 4), "ip_adapter.0.to_k_ip.weight": torch.zeros(8, 16)}
-    with pytest.raises(ExportError, match=r"x: this is a Flux adapter in InstantX's layout .* cannot load"):
-        describe(state, source="x")
+def test_instantx_flux_is_told_by_its_sizes_and_loaded_by_none():
+    """Of InstantX/FLUX.1-dev-IP-Adapter: 57 blocks without biases, 128 tokens of SigLIP's pooled embedding."""
+    with torch.device("meta"):
+        projector = FaceProjector(feature_dim=1152, context_dim=4096, num_tokens=128)
+        state = {f"image_proj.{name}": weight for name, weight in interchange(projector).items()}
+        for n in range(57):
+            state |= {f"ip_adapter.{n}.to_{part}_ip.weight": torch.empty(3072, 4096) for part in "kv"}
+    found = describe(state, source="x")
+    assert (found.family, found.variant, found.feature_dim) == ("instantx_flux", "instantx", 1152)
+    assert (found.num_tokens, found.num_parameters) == (128, 2_645_600_512)
+    assert not any(verdict.ok for verdict in loadability(found))
 
 
 # Cross-attentions of the released files: (first number, last number, width).
