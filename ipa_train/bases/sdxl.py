@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from ipa_train.bases.base import MicroConditioning, TextConditioning
 from ipa_train.bases.folders import loading, require_pipeline_class
-from ipa_train.bases.unet import UNetBase
+from ipa_train.bases.unet import UNetBase, ddim_scheduler
 from ipa_train.bases.vae import FrozenVAE
 from ipa_train.runtime.precision import to_dtype
 
@@ -85,7 +85,7 @@ class StableDiffusionXL(UNetBase):
                     path, subfolder="text_encoder_2", dtype=precision, **where
                 ),
                 tokenizer_2=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer_2", revision=revision),
-                scheduler=DDIMScheduler.from_pretrained(path, subfolder="scheduler", revision=revision),
+                scheduler=ddim_scheduler(path, revision=revision),
                 zero_null_text=index.get("force_zeros_for_empty_prompt", True),
                 path=str(path),
                 gradient_checkpointing=gradient_checkpointing,
@@ -156,7 +156,7 @@ class StableDiffusionXL(UNetBase):
             text_encoder_2=self.text_encoder_2,
             tokenizer_2=self.tokenizer_2,
             unet=self.unet,
-            scheduler=DDIMScheduler.from_config(self.scheduler.config),
+            scheduler=self.ddim(),
             force_zeros_for_empty_prompt=self.zero_null_text,
             add_watermarker=False,
         )

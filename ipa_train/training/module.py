@@ -79,6 +79,7 @@ class AdapterTraining(lightning.LightningModule):
             null = image_encoder.null_features(kind, base.null_image(kind))
             self.register_buffer(f"null_features_{i}", null, persistent=False)
         self.objective = objective(base_prediction=base.prediction_type, schedule=base.schedule)
+        base.schedule = self.objective.schedule  # so that sample grids are drawn by what is trained
         self.timesteps, self.dropout = timesteps, dropout
         self.make_optimizer, self.lr_schedule = optimizer, lr_schedule
         self.ema, self.seed = ema, seed

@@ -45,6 +45,23 @@ def test_wrong_folders_are_refused(tiny_models, tmp_path):
         StableDiffusion.from_pretrained(str(tiny_models[0]), dtype="float23")
 
 
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"prediction_type": "sample"}, "its scheduler predicts sample; known are epsilon and v_prediction"),
+        ({"_class_name": "EDMEulerScheduler", "beta_start": None}, "its scheduler is a EDMEulerScheduler"),
+    ],
+)
+def test_noise_of_another_kind_is_refused(changed, complaint, tiny_models, tmp_path):
+    """Not taken for v-prediction, nor for a schedule of DDIM's own defaults."""
+    folder = shutil.copytree(tiny_models[0], tmp_path / "base")
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text()) | changed
+    file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    with pytest.raises(ConfigError, match=complaint):
+        StableDiffusion.from_pretrained(str(folder))
+
+
 def test_an_unreachable_hub_id_is_refused_in_one_line():
     with pytest.raises(ConfigError, match="neither a local folder nor a hub id that can be reached") as error:
         StableDiffusion.from_pretrained("nobody/nothing")
