@@ -63,6 +63,8 @@ class AdapterTraining(lightning.LightningModule):
                 f"adapter.train_denoiser=true needs base.dtype=float32, got {str(base.dtype).removeprefix('torch.')}: "
                 "the optimizer's small steps would be lost in rounding."
             )
+        if base.dtype == torch.float16:
+            _log.warning("base.dtype=float16: small gradients are lost in its range; bfloat16 keeps them")
         self.strict_loading = False  # checkpoints hold the adapter only
         self.base, self.image_encoder = base, image_encoder
         torch.manual_seed(seed)

@@ -98,6 +98,14 @@ def test_folders_of_other_families_are_refused_both_ways(tiny_sdxl, tiny_models)
     assert isinstance(load_base(str(tiny_sdxl[0])), StableDiffusionXL)
 
 
+def test_other_pipelines_of_the_family_hold_the_same_models(tiny_sdxl, tmp_path):
+    folder = shutil.copytree(tiny_sdxl[0], tmp_path / "sdxl")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLImg2ImgPipeline"}))
+    for load in (StableDiffusionXL.from_pretrained, load_base):
+        assert isinstance(load(str(folder)), StableDiffusionXL)
+
+
 def test_a_unet_for_inpainting_is_refused(tiny_sdxl, tmp_path):
     folder = shutil.copytree(tiny_sdxl[0], tmp_path / "sdxl")
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
