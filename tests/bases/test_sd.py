@@ -24,6 +24,17 @@ def test_is_frozen_in_eval_mode_and_in_the_precision_asked_for(tiny_models):
     assert {p.dtype for p in base.vae.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_pictures_are_rounded_once(tiny_models, dtype):
+    """To the precision of the VAE, after they are brought to -1..1."""
+    vae = StableDiffusion.load_vae(str(tiny_models[0]), dtype=dtype)
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    seen = []
+    vae.model.encoder.conv_in.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    vae.encode(pixels)
+    assert torch.equal(seen[0], (pixels.double() / 127.5 - 1).to(vae.dtype))
+
+
 def test_latents_are_scaled_and_text_is_padded(base):
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     posterior = base.vae.encode(pixels)
