@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -13,6 +13,7 @@ from ipa_train.bases.base import MicroConditioning, TextConditioning
 from ipa_train.bases.folders import loading, require_pipeline_class
 from ipa_train.bases.unet import UNetBase, ddim_scheduler
 from ipa_train.bases.vae import FrozenVAE
+from ipa_train.errors import ConfigError
 from ipa_train.runtime.precision import to_dtype
 
 
@@ -103,9 +104,23 @@ class StableDiffusionXL(UNetBase):
         variant: str | None = None,
         **_: Any,
     ) -> FrozenVAE:
-        """Load the autoencoder alone, by the options of ``from_pretrained``."""
+        """Load the autoencoder alone, by the options of ``from_pretrained``.
+
+        Raises:
+            ConfigError: nothing there to load, or at ``vae_path`` the VAE of another family.
+        """
         if vae_path is not None:
-            return FrozenVAE.from_pretrained(vae_path, alone=True, dtype=vae_dtype or dtype)
+            vae = FrozenVAE.from_pretrained(vae_path, alone=True, dtype=vae_dtype or dtype)
+            with loading(path):
+                own = AutoencoderKL.load_config(path, subfolder="vae", revision=revision)
+            for name in ("latent_channels", "scaling_factor"):
+                found = vae.model.config[name]
+                if found != (wanted := own.get(name, found)):
+                    raise ConfigError(
+                        f"base.vae_path={vae_path}: its {name} is {found}, and that of the base's own VAE {wanted}: "
+                        "give one that makes the same latents."
+                    )
+            return vae
         return FrozenVAE.from_pretrained(path, dtype=vae_dtype or "float32", revision=revision, variant=variant)
 
     @torch.no_grad()

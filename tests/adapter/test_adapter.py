@@ -59,10 +59,13 @@ def test_parameter_counts_are_the_released_ones(unet, projector, encoder, option
 
 
 def test_a_projector_of_another_family_is_refused(base, flux):
+    time_resampler = TimeResampler(feature_dim=24, context_dim=64, dim=64, heads=1)
     for other in (base, flux):
-        projector = TimeResampler(feature_dim=24, context_dim=other.context_dim, dim=64, heads=1)
         with pytest.raises(ConfigError, match=r"SD 3's attention alone: .* adapter=linear"):
-            IPAdapter(projector=projector, sites=other.attention_sites())
+            IPAdapter(projector=time_resampler, sites=other.attention_sites())
+    plus = Resampler(feature_dim=24, context_dim=flux.context_dim)
+    with pytest.raises(ConfigError, match=r"linear projector alone, and this is a Resampler: choose adapter=linear"):
+        IPAdapter(projector=plus, sites=flux.attention_sites())
 
 
 @torch.no_grad()

@@ -80,6 +80,11 @@ def test_another_vae_runs_in_the_precision_of_the_unet(tiny_sdxl, tmp_path):
     assert vae.identity() != StableDiffusionXL.load_vae(str(tiny_sdxl[0])).identity()
     with pytest.raises(ConfigError, match=r"base\.vae_path=.*nothing: no such folder"):
         StableDiffusionXL.load_vae(**{**options, "vae_path": str(tmp_path / "nothing")})
+    other = tiny_vae(seed=5)
+    other.register_to_config(scaling_factor=0.5)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"base\.vae_path=.*other: its scaling_factor is 0\.5, and that of the base"):
+        StableDiffusionXL.load_vae(**{**options, "vae_path": str(tmp_path / "other")})
 
 
 def test_sampling_follows_the_noise_schedule_without_clipping(sdxl):
