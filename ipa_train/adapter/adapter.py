@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ipa_train.adapter.lora import LowRankSite
 from ipa_train.adapter.projector import Projector
 from ipa_train.adapter.sites import AttentionSite, ImageBranch, Processor
+from ipa_train.adapter.time_resampler import TimeResampler
 from ipa_train.adapter.tokens import ImageTokens
 from ipa_train.errors import ConfigError, did_you_mean
 
@@ -28,12 +29,20 @@ class IPAdapter(nn.Module):
         sites: what is extended. Where several share an attention, each extends what those before it made of it.
         denoiser: the denoiser itself where that is trained as well (full fine-tuning, a baseline of the paper): its
             weights then thaw, and are part of this module's state.
+
+    Raises:
+        ConfigError: a projector whose tokens the sites cannot read.
     """
 
     def __init__(
         self, *, projector: Projector, sites: Sequence[AttentionSite], denoiser: nn.Module | None = None
     ) -> None:
         super().__init__()
+        if isinstance(projector, TimeResampler) and not all(site.branch.takes_time for site in sites):
+            raise ConfigError(
+                "adapter: a TimeResampler makes tokens for SD 3's attention alone: choose another adapter for this "
+                "base, such as adapter=linear."
+            )
         self.projector = projector
         self.branches = nn.ModuleDict({branch_key(site): site.branch.for_site(site, projector) for site in sites})
         self.denoiser = None if denoiser is None else denoiser.requires_grad_(True)

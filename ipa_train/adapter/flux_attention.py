@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ipa_train.adapter.attention import ImageAttention
 from ipa_train.adapter.heads import merge_heads, split_heads
-from ipa_train.adapter.projector import Projector
+from ipa_train.adapter.projector import LinearProjector, Projector
 from ipa_train.adapter.sites import AttentionSite, Processor
+from ipa_train.errors import ConfigError
 
 
 class FluxImageAttention(ImageAttention):
@@ -29,7 +30,16 @@ class FluxImageAttention(ImageAttention):
 
     @classmethod
     def for_site(cls, site: AttentionSite, projector: Projector) -> "FluxImageAttention":
-        """A branch that adds nothing yet."""
+        """A branch that adds nothing yet.
+
+        Raises:
+            ConfigError: a projector that Flux adapters do not have.
+        """
+        if not isinstance(projector, LinearProjector):
+            raise ConfigError(
+                f"adapter: loaders know Flux adapters with a linear projector alone, and this is a "
+                f"{type(projector).__name__}: choose adapter=linear."
+            )
         branch = cls(hidden_dim=site.hidden_dim, context_dim=site.context_dim)
         for weight in branch.parameters():
             nn.init.zeros_(weight)

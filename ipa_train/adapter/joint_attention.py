@@ -51,6 +51,7 @@ class HeadNorm(nn.Module):
 class JointImageAttention(ImageBranch):
     """The image half of one of SD 3's attentions."""
 
+    takes_time: ClassVar[bool] = True
     sink_gain: ClassVar[float] = 6.0
     """How sharply queries choose among image keys at the start of training."""
 

@@ -25,6 +25,8 @@ class ImageBranch(nn.Module, ABC):
 
     unexportable: ClassVar[str | None] = None
     """Why no loader takes an adapter of such branches; None where they do."""
+    takes_time: ClassVar[bool] = False
+    """Whether it wants the time embedding that a ``TimeResampler`` gives."""
 
     @classmethod
     @abstractmethod

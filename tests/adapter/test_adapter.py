@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from ipa_train.adapter import IPAdapter, LinearProjector, MLPProjector, Resampler, blocks
+from ipa_train.adapter import IPAdapter, LinearProjector, MLPProjector, Resampler, TimeResampler, blocks
 from ipa_train.bases import StableDiffusionXL, load_base
 from ipa_train.bases.unet import unet_attention_sites
 from ipa_train.errors import ConfigError
@@ -56,6 +56,16 @@ def test_parameter_counts_are_the_released_ones(unet, projector, encoder, option
     assert sum(p.numel() for p in adapter.parameters()) == parameters
     assert [site.index for site in sites] == list(range(1, 2 * len(sites), 2))
     assert len(sites) == (70 if unet is SDXL_UNET else 16)
+
+
+def test_a_projector_of_another_family_is_refused(base, flux):
+    time_resampler = TimeResampler(feature_dim=24, context_dim=64, dim=64, heads=1)
+    for other in (base, flux):
+        with pytest.raises(ConfigError, match=r"SD 3's attention alone: .* adapter=linear"):
+            IPAdapter(projector=time_resampler, sites=other.attention_sites())
+    plus = Resampler(feature_dim=24, context_dim=flux.context_dim)
+    with pytest.raises(ConfigError, match=r"linear projector alone, and this is a Resampler: choose adapter=linear"):
+        IPAdapter(projector=plus, sites=flux.attention_sites())
 
 
 @torch.no_grad()
