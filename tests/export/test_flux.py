@@ -23,7 +23,7 @@ from ipa_train.export import to_interchange, write_export
 from ipa_train.export.file import nested
 from ipa_train.export.xlabs import from_xlabs, is_xlabs, to_xlabs
 from tests.eval.test_generate import difference
-from tests.export.test_parity import picture, relative_error
+from tests.export.parity import picture, relative_error
 
 RED = Image.new("RGB", (32, 32), "red")
 
@@ -65,7 +65,7 @@ def test_tokens_and_denoiser_equal_the_training_graph(layout, flux, tiny_flux, i
     adapter = make_adapter("linear", for_base=flux)
     pipe = load(FluxPipeline.from_pretrained(tiny_flux[0]), [exported(layout)], tiny_flux[1])
 
-    images = [picture(1), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)]
+    images = [picture(1)[0], torch.zeros(1, 3, 32, 32, dtype=torch.uint8)]
     embeds = [pipe.prepare_ip_adapter_image_embeds(to_pil(image), None, "cpu", 1)[0] for image in images]
     theirs = [pipe.transformer.encoder_hid_proj([x])[0][:, 0] for x in embeds]
     null = image_encoder.null_features("pooled", flux.null_image("pooled"))
@@ -128,7 +128,8 @@ def test_pictures_during_training_are_those_of_the_export(
 ):
     base = Flux.from_pretrained(str(tiny_flux[0]), dtype="float32", max_t5_tokens=32, guidance=guidance)
     adapter = make_adapter("linear", for_base=base).attach(base.attention_sites())
-    features = image_encoder.encode(picture(3), "pooled")
+    pixels, image = picture(3)
+    features = image_encoder.encode(pixels, "pooled")
     null = image_encoder.null_features("pooled", base.null_image("pooled"))
     (own,) = generate(
         base,
@@ -144,7 +145,7 @@ def test_pictures_during_training_are_those_of_the_export(
     pipe = load(base.pipeline(), [exported()], tiny_flux[1])
     options = {"true_cfg_scale": guidance_scale, "negative_prompt": ""} if guidance_scale > 1 else {}
     options |= {"width": 96, "num_inference_steps": 3, "guidance_scale": base.guidance, "output_type": "pil"}
-    (theirs,) = draw(pipe, ip_adapter_image=to_pil(picture(3)), **options)
+    (theirs,) = draw(pipe, ip_adapter_image=image, **options)
     assert difference(own, theirs) <= 1
 
 
