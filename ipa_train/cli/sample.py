@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from ipa_train.data.decode import decode_image
+from ipa_train.data.embedding import read_embedding
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.files import atomic_write
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mask", type=Path, nargs="+", default=[], help="white where each image prompt counts; with --together"
     )
     parser.add_argument("--prompt", default="", help="text; none by default")
-    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument("--negative-prompt", help="text to stay away from; what the model takes for none by default")
     parser.add_argument(
         "--scale", type=float, help="weight of the image; less leaves more to the text (default: 1, and 0.5 for SD 3)"
     )
@@ -128,9 +128,9 @@ def _read_embeddings(paths: Sequence[Path]) -> torch.Tensor | None:
     rows = []
     for path in paths:
         try:
-            rows.append(torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32)))
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"--embedding {path}: no .npy file of numbers: {error}.") from error
+            rows.append(torch.from_numpy(read_embedding(path.read_bytes(), None)))
+        except (OSError, DataError) as error:
+            raise ConfigError(f"--embedding {path}: no embedding that can be read: {error}.") from error
     if len({row.shape for row in rows}) > 1:
         raise ConfigError(
             f"--embedding: the files have different shapes: {', '.join(str(tuple(r.shape)) for r in rows)}."
