@@ -164,16 +164,16 @@ def _image_encoder(
     adapter: AdapterDescription, said: Mapping[str, Any], path: str, *, subfolder: str, dtype: str
 ) -> ImageEncoder:
     """The encoder that the adapter's kind and the account in its file ask for."""
+    usual = {"faceid": "StoredEmbeddings", "faceid_plus": "FaceImageEncoder", "time_resampler": "SiglipImageEncoder"}
+    name = said.get("encoder", usual.get(adapter.variant, "CLIPImageEncoder"))
     stored = said.get("embedding") or {"name": said.get("name", "arcface"), "shape": [adapter.feature_dim]}
     embedding = {"dim": stored["shape"][-1], "name": stored["name"], "normalize": stored.get("normalize", False)}
-    if adapter.variant == "faceid_plus":
+    if name == "StoredEmbeddings":
+        return StoredEmbeddings(**embedding, num_tokens=stored["shape"][0] if len(stored["shape"]) > 1 else None)
+    if name == "FaceImageEncoder":
         return FaceImageEncoder.from_pretrained(path, subfolder=subfolder, dtype=dtype, **embedding)
-    if adapter.variant == "faceid" or said.get("encoder") == "StoredEmbeddings":
-        tokens = stored["shape"][0] if len(stored["shape"]) > 1 else None
-        return StoredEmbeddings(**embedding, num_tokens=tokens)
-    name = said.get("encoder", "SiglipImageEncoder" if adapter.family == "sd3" else "CLIPImageEncoder")
     if name not in _ENCODERS:
-        raise ConfigError(f"this {adapter.variant} adapter says that it reads {name}, which this version cannot.")
+        raise ConfigError(f"the adapter reads the image encoder {name}, which this version does not have.")
     kind, options = _ENCODERS[name]
     given = {option: said[option] for option in options if option in said}
     encoder: ImageEncoder = kind.from_pretrained(path, subfolder=subfolder, dtype=dtype, **given)

@@ -146,6 +146,14 @@ def test_embeddings_take_the_place_of_pictures(sample, folders):
         assert (drawn["0-0-0.png"] != drawn["1-1-0.png"]).any()
 
 
+@pytest.mark.parametrize(("projector", "sizes"), [(FaceProjector, {}), (FacePlusProjector, {"hidden_dim": 40})])
+def test_a_face_adapter_that_reads_pictures_alone(projector, sizes, sample, folders):
+    clip = CLIPImageEncoder.from_pretrained(str(folders / "image_encoder"), dtype="float32")
+    words = ["--image", folders / "red.png"]
+    drawn = sample("sd15", projector, *words, metadata={"image_encoder": clip.identity()}, feature_dim=24, **sizes)
+    assert drawn.keys() == {"0-red-0.png"}
+
+
 def test_both_versions_of_faceid_plus(sample, folders):
     words = ["--embedding", folders / "0.npy", "--image", folders / "red.png"]
     sizes = {"feature_dim": 8, "hidden_dim": 40, "lora_rank": 4}
