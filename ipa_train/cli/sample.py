@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mask", type=Path, nargs="+", default=[], help="white where each image prompt counts; with --together"
     )
     parser.add_argument("--prompt", default="", help="text; none by default")
-    parser.add_argument("--negative-prompt", help="text to stay away from; what the model takes for none by default")
+    parser.add_argument("--negative-prompt", help="none by default, which SDXL tells from an empty one")
     parser.add_argument(
         "--scale", type=float, help="weight of the image; less leaves more to the text (default: 1, and 0.5 for SD 3)"
     )

@@ -12,14 +12,14 @@ from typing import Any
 from ipa_train.errors import ExportError
 from ipa_train.export.description import AdapterDescription
 
-_SDXL_CONTEXT_DIM = 2048
-_KOLORS_RESAMPLER_DIM = 2048
-_FACE_DIM = 512
-_FLUX_ROWS_OF_16_TOKENS = 65_536
 _FACE_NOTES = {
     "faceid": "face embeddings as ip_adapter_image_embeds",
     "faceid_plus": "face embeddings as ip_adapter_image_embeds, with clip_embeds and shortcut set by hand",
 }
+_SDXL_CONTEXT_DIM = 2048
+_KOLORS_RESAMPLER_DIM = 2048
+_FACE_DIM = 512
+_FLUX_ROWS_OF_16_TOKENS = 65_536
 _FAMILY_NAMES = {"unet": "UNets", "sd3": "SD 3", "flux": "Flux"}
 
 
