@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     multiple = loaded.base.size_multiple
     if args.size is not None and (args.size < multiple or args.size % multiple):
         raise ConfigError(f"--size {args.size} must be a multiple of {multiple}.")
+    if args.steps > (most := loaded.base.schedule.num_timesteps):
+        raise ConfigError(f"--steps {args.steps} must be at most {most}, which is how finely the base's noise is cut.")
     needed: list[tuple[str, Sequence[Any], object]] = [("--image", pictures, loaded.image_encoder.image_size)]
     needed += [("--embedding", args.embedding, loaded.image_encoder.embedding_shape)]
     for option, given, wanted in needed:
