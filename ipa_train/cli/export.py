@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ipa_train.errors import CheckpointError, ConfigError, ExportError
 from ipa_train.export.description import describe
-from ipa_train.export.file import NAME, NO_EXPORT, read_adapter_file, write_state
+from ipa_train.export.file import NAME, NO_EXPORT, face_plus_v2, read_adapter_file, write_state
 from ipa_train.export.loadability import loadability, require_loadable
 from ipa_train.export.usage import paste_lines
 from ipa_train.export.warm_start import image_encoder_of
@@ -66,6 +66,10 @@ def _read_file(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, A
     if args.no_ema:
         raise ConfigError(f"--no-ema chooses among a checkpoint's weights, and {args.source} is one adapter: leave it.")
     state, metadata = read_adapter_file(args.source)
+    if describe(state, source=str(args.source)).variant == "faceid_plus":
+        # The name of the new file will not say it, as those of released ones do.
+        version = face_plus_v2(args.source, metadata)
+        metadata |= {} if version is None else {"shortcut": json.dumps(version)}
     return state, {key: value for key, value in metadata.items() if key != "state_names"}
 
 

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from ipa_train.data.decode import decode_image
+from ipa_train.data.embedding import read_embedding
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.files import atomic_write
 
@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     multiple = loaded.base.size_multiple
     if args.size is not None and (args.size < multiple or args.size % multiple):
         raise ConfigError(f"--size {args.size} must be a multiple of {multiple}.")
+    if args.steps > (most := loaded.base.schedule.num_timesteps):
+        raise ConfigError(f"--steps {args.steps} must be at most {most}, which is how finely the base's noise is cut.")
     needed: list[tuple[str, Sequence[Any], object]] = [("--image", pictures, loaded.image_encoder.image_size)]
     needed += [("--embedding", args.embedding, loaded.image_encoder.embedding_shape)]
     for option, given, wanted in needed:
@@ -128,9 +130,9 @@ def _read_embeddings(paths: Sequence[Path]) -> torch.Tensor | None:
     rows = []
     for path in paths:
         try:
-            rows.append(torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32)))
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"--embedding {path}: no .npy file of numbers: {error}.") from error
+            rows.append(torch.from_numpy(read_embedding(path.read_bytes(), None)))
+        except (OSError, DataError) as error:
+            raise ConfigError(f"--embedding {path}: no embedding that can be read: {error}.") from error
     if len({row.shape for row in rows}) > 1:
         raise ConfigError(
             f"--embedding: the files have different shapes: {', '.join(str(tuple(r.shape)) for r in rows)}."

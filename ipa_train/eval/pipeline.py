@@ -1,12 +1,14 @@
 """An adapter's file in the real diffusers pipeline of its base, whatever the family."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
+from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -22,7 +24,7 @@ from ipa_train.conditioning import (
 )
 from ipa_train.errors import ConfigError
 from ipa_train.export.description import AdapterDescription, describe
-from ipa_train.export.file import is_face_plus_v2, nested, read_adapter_file
+from ipa_train.export.file import face_plus_v2, nested, read_adapter_file
 from ipa_train.export.loadability import require_loadable
 from ipa_train.export.warm_start import check_image_encoder, check_sites, image_encoder_of
 
@@ -51,30 +53,42 @@ class AdapterPipeline:
         scale: float | None = None,
         masks: Sequence[Image.Image] = (),
         guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        num_images_per_prompt: int = 1,
         **options: Any,
     ) -> list[Image.Image]:
         """Pictures of a prompt and of n image prompts together, by the pipeline's own options.
 
         ``scale`` is the weight of the image prompts, unless given diffusers' own; ``masks`` are white where each of
-        them counts.
+        them counts. Without a ``negative_prompt`` a picture is guided away from what the base takes for no text.
 
         Raises:
-            ConfigError: the family's pipeline takes no masks, or no several image prompts.
+            ConfigError: the family's pipeline takes no masks, no several image prompts, or no negative prompt.
         """
+        if negative_prompt is not None and self.adapter.family == "flux":
+            raise ConfigError(
+                f"--negative-prompt: the pipeline of {self.base.path} is not guided away from a text: leave it."
+            )
         kinds = self.adapter.feature_kinds
         nulls = [self.image_encoder.null_features(kind, self.base.null_image(kind)) for kind in kinds]
         guided = guidance_scale is None or guidance_scale > 1.0
         options |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
         arguments = self.base.image_arguments(self.pipeline, image_features, nulls, guided=guided)
+        if self.adapter.variant == "faceid_plus":
+            # The pipeline repeats the embeddings for each of its pictures, but not what the projection was handed.
+            projection = _face_projection(self.pipeline)
+            projection.clip_embeds = projection.clip_embeds.repeat_interleave(num_images_per_prompt, dim=0)
         if masks and self.adapter.family != "unet":
             raise ConfigError(f"--mask: the pipeline of {self.base.path} takes no masks.")
         if masks:
-            size = {name: options[name] for name in ("height", "width") if options.get(name)}
-            stacked = IPAdapterMaskProcessor().preprocess(list(masks), **size).transpose(0, 1)
+            own_size = self.pipeline.unet.config.sample_size * self.base.vae.stride
+            height, width = (options.get(name) or own_size for name in ("height", "width"))
+            stacked = IPAdapterMaskProcessor().preprocess(list(masks), height, width).transpose(0, 1)
             options["cross_attention_kwargs"] = {"ip_adapter_masks": [stacked.to(self.pipeline.device)]}
             self.pipeline.set_ip_adapter_scale([[1.0 if scale is None else scale] * len(masks)])
         elif scale is not None:
             self.pipeline.set_ip_adapter_scale(scale)
+        options |= {"negative_prompt": negative_prompt, "num_images_per_prompt": num_images_per_prompt}
         images: list[Image.Image] = self.pipeline(prompt, **arguments, **options).images
         return images
 
@@ -122,26 +136,44 @@ def load_pipeline(
         )
     check_sites(adapter, frozen.attention_sites(), source=source)
     pipeline = frozen.pipeline()
-    # The tensors and not the file's path: they may have come out of a layout that diffusers does not read.
-    frozen.load_adapter(pipeline, nested(state))
-    if adapter.variant == "faceid_plus":
-        (projection,) = pipeline.unet.encoder_hid_proj.image_projection_layers
-        projection.shortcut = is_face_plus_v2(adapter_file, metadata)
-    return AdapterPipeline(frozen, pipeline.to(device), encoder.to(device), adapter)
+    with _quiet():
+        # The tensors and not the file's path: they may have come out of a layout that diffusers does not read.
+        frozen.load_adapter(pipeline, nested(state))
+        if adapter.variant == "faceid_plus":
+            _face_projection(pipeline).shortcut = face_plus_v2(adapter_file, metadata) or False
+        return AdapterPipeline(frozen, pipeline.to(device), encoder.to(device), adapter)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Mute diffusers' advice on loading by hand: which encoder it did not load, where a LoRA has no weights."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+
+
+def _face_projection(pipeline: Any) -> Any:
+    (projection,) = pipeline.unet.encoder_hid_proj.image_projection_layers
+    return projection
 
 
 def _image_encoder(
     adapter: AdapterDescription, said: Mapping[str, Any], path: str, *, subfolder: str, dtype: str
 ) -> ImageEncoder:
     """The encoder that the adapter's kind and the account in its file ask for."""
+    usual = {"faceid": "StoredEmbeddings", "faceid_plus": "FaceImageEncoder", "time_resampler": "SiglipImageEncoder"}
+    name = said.get("encoder", usual.get(adapter.variant, "CLIPImageEncoder"))
     stored = said.get("embedding") or {"name": said.get("name", "arcface"), "shape": [adapter.feature_dim]}
     embedding = {"dim": stored["shape"][-1], "name": stored["name"], "normalize": stored.get("normalize", False)}
-    if adapter.variant == "faceid_plus":
+    if name == "StoredEmbeddings":
+        return StoredEmbeddings(**embedding, num_tokens=stored["shape"][0] if len(stored["shape"]) > 1 else None)
+    if name == "FaceImageEncoder":
         return FaceImageEncoder.from_pretrained(path, subfolder=subfolder, dtype=dtype, **embedding)
-    if adapter.variant == "faceid" or said.get("encoder") == "StoredEmbeddings":
-        tokens = stored["shape"][0] if len(stored["shape"]) > 1 else None
-        return StoredEmbeddings(**embedding, num_tokens=tokens)
-    name = said.get("encoder", "SiglipImageEncoder" if adapter.family == "sd3" else "CLIPImageEncoder")
+    if name not in _ENCODERS:
+        raise ConfigError(f"the adapter reads the image encoder {name}, which this version does not have.")
     kind, options = _ENCODERS[name]
     given = {option: said[option] for option in options if option in said}
     encoder: ImageEncoder = kind.from_pretrained(path, subfolder=subfolder, dtype=dtype, **given)

@@ -3,7 +3,9 @@
 import json
 import logging
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +105,13 @@ def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             with safe_open(path, framework="pt") as file:
                 places = _find(file.keys(), path)
                 return {name: file.get_tensor(place) for name, place in places.items()}, dict(file.metadata() or {})
-        flat = _flatten(torch.load(path, map_location="cpu", weights_only=True), path)
+        # Mapped, so that only what is used is read: dumps hold whole denoisers. torch's older files cannot be.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        flat = _flatten(content, path)
         return {name: flat[place] for name, place in _find(flat, path).items()}, {}
     except pickle.UnpicklingError as error:
         raise ExportError(
-            f"{path}: holds more than tensors, and is not unpickled; ask for a .safetensors file."
+            f"{path}: holds more than tensors, and is not unpickled, or is none of torch's; ask for a .safetensors."
         ) from error
     except ExportError:
         raise
@@ -116,16 +120,33 @@ def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ExportError(f"{path}: damaged or no adapter file: {reason}") from error
 
 
-def is_face_plus_v2(path: Path, metadata: Mapping[str, str]) -> bool:
-    """Whether a FaceID-Plus adapter is a V2: its tensors are those of the first, so others go by the file's name."""
-    return json.loads(metadata["shortcut"]) is True if "shortcut" in metadata else "plusv2" in path.name.lower()
+def face_plus_v2(path: Path, metadata: Mapping[str, str]) -> bool | None:
+    """Whether a FaceID-Plus adapter is a V2; None, and a warning, where neither its metadata nor its name says so.
+
+    The tensors of both have the same names and shapes; loaders go by the names of the released files.
+    """
+    if (said := metadata.get("shortcut")) in ("true", "false"):
+        return said == "true"
+    if match := re.search(r"faceid-?_?plus(v2)?", path.name.lower()):
+        return match[1] is not None
+    _log.warning(
+        "%s: does not say whether it is a FaceID-Plus or a PlusV2; rename it to faceid-plus... or faceid-plusv2...",
+        path,
+    )
+    return None
 
 
 def _find(names: Iterable[str], path: Path) -> dict[str, str]:
     """Interchange name -> name in the file, of every tensor that is to be read."""
     names = list(names)
     if is_xlabs(names):
-        return from_xlabs({name: name for name in names})
+        try:
+            return from_xlabs({name: name for name in names})
+        except ExportError as error:
+            raise ExportError(f"{path}: {error}") from error
+    if any(name.startswith("adapter_modules.") for name in names) and not is_training_dump(names):
+        _advise(path, "a file with adapter_modules in place of ip_adapter")
+        return {re.sub("^adapter_modules", NAME, name): name for name in names}
     if not is_training_dump(names):
         return {name: name for name in names}
     places = interchange_to_dump(names)
@@ -137,14 +158,18 @@ def _flatten(content: object, path: Path) -> dict[str, Tensor]:
     """``{"image_proj": {...}, "ip_adapter": {...}}``, or flat keys, -> flat keys."""
     if not isinstance(content, dict):
         raise ExportError(f"{path}: holds a {type(content).__name__}, not the tensors of an adapter.")
-    flat = {}
-    for name, value in content.items():
-        for rest, weight in value.items() if isinstance(value, dict) else [("", value)]:
-            if isinstance(weight, Tensor):
-                flat[f"{name}.{rest}" if rest else str(name)] = weight
+    flat = dict(_tensors(content))
     if any(isinstance(value, Tensor) for value in content.values()) and not (is_training_dump(flat) or is_xlabs(flat)):
         _advise(path, "a .bin without the two parts image_proj and ip_adapter")
     return flat
+
+
+def _tensors(content: Mapping[Any, object], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, dict):
+            yield from _tensors(value, f"{prefix}{name}.")
 
 
 def _advise(path: Path, layout: str) -> None:

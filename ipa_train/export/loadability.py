@@ -12,6 +12,10 @@ from typing import Any
 from ipa_train.errors import ExportError
 from ipa_train.export.description import AdapterDescription
 
+_FACE_NOTES = {
+    "faceid": "face embeddings as ip_adapter_image_embeds",
+    "faceid_plus": "face embeddings as ip_adapter_image_embeds, with clip_embeds and shortcut set by hand",
+}
 _SDXL_CONTEXT_DIM = 2048
 _KOLORS_RESAMPLER_DIM = 2048
 _FACE_DIM = 512
@@ -44,12 +48,13 @@ def loadability(adapter: AdapterDescription, image_encoder: Mapping[str, Any] | 
     computed = "by ip_adapter_image_embeds" if foreign else ""
     own_features = [f"it encodes pictures with CLIP, and this adapter reads {foreign}"] if foreign else []
     if adapter.family == "flux":
-        own_layout = ["it wants its own names: write them with ipa export --layout xlabs"]
         return [
             Loadability("diffusers", tuple(_diffusers_flux(adapter)), computed),
             _knows_only("ComfyUI_IPAdapter_plus", adapter),
             _knows_only("Tencent ip_adapter", adapter),
-            Loadability("XLabs x-flux", (*own_features, *own_layout)),
+            Loadability(
+                "XLabs x-flux", tuple(own_features), "in its own names, which ipa export --layout xlabs writes"
+            ),
         ]
     if adapter.family == "instantx_flux":
         other = ("it knows Flux adapters with one linear projection and biases, not InstantX' kind",)
@@ -66,7 +71,7 @@ def loadability(adapter: AdapterDescription, image_encoder: Mapping[str, Any] | 
             _knows_only("Tencent ip_adapter", adapter),
         ]
     numbers, tokens = _numbers(adapter, step=2), _tokens(adapter)
-    face_note = "face embeddings as ip_adapter_image_embeds" if adapter.variant.startswith("faceid") else ""
+    face_note = _FACE_NOTES.get(adapter.variant, "")
     return [
         Loadability("diffusers", (*tokens, *numbers), face_note or computed),
         Loadability("ComfyUI_IPAdapter_plus", (*tokens, *_comfy(adapter), *own_features, *numbers)),

@@ -105,6 +105,8 @@ def _face(part: Shapes, context_dim: int) -> Projector:
 
 def _face_plus(part: Shapes, context_dim: int) -> Projector:
     hidden_dim = part["perceiver_resampler.proj_in.weight"][-1]
+    if (tokens := part["proj.2.weight"][0] // max(1, context_dim)) > FacePlusProjector.num_tokens:
+        raise ValueError(f"{tokens} tokens, as Kolors' FaceID-Plus, where others have {FacePlusProjector.num_tokens}")
     return FacePlusProjector(feature_dim=part["proj.0.weight"][-1], hidden_dim=hidden_dim, context_dim=context_dim)
 
 
@@ -129,7 +131,7 @@ _MAKERS: dict[Family, dict[str, Callable[[Shapes, int], Projector]]] = {
     "unet": {
         "proj.weight": _linear,
         "proj.0.weight proj.3.weight": _full,
-        "proj.0.weight perceiver_resampler.proj_in.weight": _face_plus,
+        "proj.0.weight proj.2.weight perceiver_resampler.proj_in.weight": _face_plus,
         "proj.0.weight proj.2.weight norm.weight": _face,
         _RESAMPLER: partial(_resampler, Resampler),
     },

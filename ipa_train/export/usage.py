@@ -82,7 +82,7 @@ def _constructor(identity: Mapping[str, Any], encoder: str) -> str:
         options |= {"num_tokens": tokens[0]} if tokens else {}
     if encoder == "StoredEmbeddings":
         return f"{encoder}({_arguments(options)})"
-    options |= {"subfolder": identity["subfolder"]} if identity["subfolder"] else {}
+    options |= {"subfolder": identity["subfolder"]} if identity.get("subfolder") else {}
     return f"{encoder}.from_pretrained({_literal(identity['name'])}, {_arguments(options | {'dtype': 'float32'})})"
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ipa_train.adapter import AttentionSite, IPAdapter
+from ipa_train.adapter import AttentionSite, FacePlusProjector, IPAdapter
 from ipa_train.adapter.lora import LowRankSite
 from ipa_train.conditioning import ImageEncoder
 from ipa_train.errors import ExportError
 from ipa_train.export.description import AdapterDescription, describe, describe_adapter
-from ipa_train.export.file import read_adapter_file
+from ipa_train.export.file import face_plus_v2, read_adapter_file
 from ipa_train.export.layouts import interchange_names
 
 _log = logging.getLogger(__name__)
@@ -29,6 +29,11 @@ def init_from(adapter: IPAdapter, sites: Sequence[AttentionSite], path: Path, im
         ExportError: it does not fit, or was trained with another image encoder.
     """
     state, metadata = read_adapter_file(path)
+    if isinstance(adapter.projector, FacePlusProjector) and describe(state, source=str(path)).variant == "faceid_plus":
+        version = face_plus_v2(path, metadata)
+        if version is not None and version != adapter.projector.shortcut:
+            there, here = (f"faceid_plus{'_v2' if v2 else ''}" for v2 in (version, adapter.projector.shortcut))
+            raise ExportError(f"{path}: this is a {there}, but this run has a {here}: choose adapter={there}.")
     from_interchange(state, adapter, sites, source=str(path))
     check_image_encoder(metadata, image_encoder, source=str(path))
     _log.info("adapter starts from %s", path)
@@ -52,7 +57,7 @@ def from_interchange(
         ("resampler_dim", "set adapter.projector.dim={}"),
         ("resampler_heads", "set adapter.projector.heads={}"),
         ("hidden_dim", "choose the image_encoder whose hidden states have width {}"),
-        ("lora_rank", "set adapter.sites.lora_rank={}"),
+        ("lora_rank", f"choose adapter={found.variant} and set adapter.sites.lora_rank={{}}"),
     ):
         here, there = getattr(wanted, what), getattr(found, what)
         if here != there:
@@ -79,12 +84,28 @@ def check_sites(found: AdapterDescription, sites: Sequence[AttentionSite], *, so
 
 
 def image_encoder_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The account that an export's encoder gave of itself; nothing where the file does not say."""
+    """The account that an export's encoder gave of itself; nothing where the file does not say, or not in our way."""
     try:
         account = json.loads(metadata.get("image_encoder", "{}"))
     except ValueError:
         return {}
-    return account if isinstance(account, dict) else {}
+    return account if isinstance(account, dict) and _is_identity(account) else {}
+
+
+def _is_identity(account: Mapping[str, Any]) -> bool:
+    """Whether this is of the form of ``ImageEncoder.identity()``, which older files have in part."""
+    embedding = account.get("embedding")
+    numbers = [account.get("image_size"), account.get("layer")]
+    if embedding is not None:
+        if not isinstance(embedding, dict) or not {"name", "shape", "normalize"} <= embedding.keys():
+            return False
+        numbers += embedding["shape"] if isinstance(embedding["shape"], list) and embedding["shape"] else ["no shape"]
+    return (
+        isinstance(account.get("name"), str)
+        and ("encoder" not in account or {"image_size", "layer", "embedding"} <= account.keys())
+        and isinstance(account.get("diffusers_loader", []), list)
+        and all(number is None or isinstance(number, int) for number in numbers)
+    )
 
 
 def check_image_encoder(metadata: Mapping[str, str], image_encoder: ImageEncoder, *, source: str) -> None:

@@ -1,18 +1,20 @@
 """`ipa sample` with adapters of every family: pictures, embeddings, several image prompts, masks."""
 
+import logging
 import re
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ipa_train.adapter import FacePlusProjector, FaceProjector, IPAdapter, LinearProjector, TimeResampler
 from ipa_train.bases import adapter_sites, load_base
 from ipa_train.bases.tiny import randomise, save_tiny_models
 from ipa_train.bases.tiny_encoders import tiny_dino, tiny_siglip
 from ipa_train.cli.main import main
-from ipa_train.conditioning import DinoImageEncoder
+from ipa_train.conditioning import CLIPImageEncoder, DinoImageEncoder, StoredEmbeddings
+from ipa_train.eval.generate import generate
 from ipa_train.export import write_export
 
 
@@ -35,14 +37,17 @@ def folders(tmp_path_factory):
 def sample(folders, tmp_path):
     """A function from an adapter's projector, and the words of a command, to the pictures drawn."""
 
-    def draw(family, projector, *words, encoder="image_encoder", metadata=None, lora_rank=0, out="out", **sizes):
+    def draw(
+        family, projector, *words, encoder="image_encoder", metadata=None, lora_rank=0, out="out", size="32", **sizes
+    ):
         base = load_base(str(folders / family), dtype="float32")
         sites = adapter_sites(base, lora_rank=lora_rank)
         torch.manual_seed(0)
         adapter = randomise(IPAdapter(projector=projector(context_dim=base.context_dim, **sizes), sites=sites), seed=5)
         file = write_export(tmp_path / "adapter", adapter, sites, metadata=metadata or {})[0]
         command = ["sample", "--adapter", file, "--base", folders / family, "--image-encoder", folders / encoder]
-        command += ["--steps", "1", "--size", "32", "--num", "1", "--out", tmp_path / out, *words]
+        command += ["--steps", "1", "--num", "1", "--out", tmp_path / out]
+        command += [*(["--size", size] if size else []), *words]
         status = main([str(word) for word in command])
         return {} if status else {path.name: np.array(Image.open(path)) for path in (tmp_path / out).glob("?-*.png")}
 
@@ -85,9 +90,56 @@ def test_several_image_prompts_together_and_each_in_its_part(sample, folders):
     assert not differ(red, one)
 
 
+def test_masks_of_another_shape_than_the_picture_cover_the_same_part(sample, folders):
+    half = Image.new("L", (64, 64))
+    half.paste(255, (0, 0, 32, 64))
+    words = ["--image", folders / "red.png", folders / "blue.png", "--together", "--mask"]
+    drawn = []
+    for width in (64, 160):
+        masks = [folders / f"half{width}.png", folders / f"other{width}.png"]
+        half.resize((width, 64)).save(masks[0])
+        ImageOps.invert(half).resize((width, 64)).save(masks[1])
+        drawn.append(sample("sd15", LinearProjector, *words, *masks, out=f"{width}", size=None, feature_dim=24))
+    assert not differ(*drawn)
+    assert differ(drawn[0], sample("sd15", LinearProjector, *words[:-1], out="none", size=None, feature_dim=24))
+
+
+def test_without_a_negative_prompt_pictures_are_guided_as_in_training(sample, folders, capfd):
+    """SDXL takes zeros for no text, which are not the states of the empty caption."""
+    words = ["sdxl", LinearProjector, "--image", folders / "red.png"]
+    (drawn,) = sample(*words, "--steps", "2", feature_dim=24).values()
+    assert differ({"": drawn}, {"": sample(*words, "--negative-prompt", "", out="b", feature_dim=24)["0-red-0.png"]})
+
+    base = load_base(str(folders / "sdxl"), dtype="float32")
+    adapter = randomise(
+        IPAdapter(projector=LinearProjector(feature_dim=24, context_dim=80), sites=base.attention_sites()), seed=5
+    )
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).reshape(1, 3, 1, 1).expand(1, 3, 64, 64)
+    features = CLIPImageEncoder.from_pretrained(str(folders / "image_encoder"), dtype="float32").encode(red, "pooled")
+    adapter.attach(base.attention_sites())
+    options = {"size": (32, 32), "num_inference_steps": 2, "guidance_scale": 5.0}
+    (own,) = generate(base, adapter, [features], [torch.zeros(1, 24)], [""], **options)
+    assert not differ({"": np.array(own)}, {"": drawn})
+
+
+def test_no_advice_of_diffusers_reaches_the_user(sample, folders, caplog):
+    diffusers = logging.getLogger("diffusers")  # passes nothing on to the root logger, where caplog listens
+    diffusers.addHandler(caplog.handler)
+    try:
+        sample("sd15", FaceProjector, "--embedding", folders / "0.npy", lora_rank=4, feature_dim=8)
+    finally:
+        diffusers.removeHandler(caplog.handler)
+    assert caplog.messages == []
+
+
+def test_flux_is_guided_away_from_no_text(sample, folders, capfd):
+    words = ["--image", folders / "red.png", "--negative-prompt", "ugly"]
+    assert sample("flux", LinearProjector, *words, feature_dim=24) == {}
+    assert "--negative-prompt: the pipeline of" in capfd.readouterr().err
+
+
 def test_embeddings_take_the_place_of_pictures(sample, folders):
-    account = {"name": "arcface", "encoder": "StoredEmbeddings", "weights_sha256": None}
-    account |= {"embedding": {"name": "arcface", "shape": [8], "normalize": True}, "diffusers_loader": []}
+    account = StoredEmbeddings(dim=8, normalize=True).identity()
     words = ["--embedding", folders / "0.npy", folders / "1.npy"]
     for lora_rank in (0, 4):
         drawn = sample(
@@ -97,10 +149,21 @@ def test_embeddings_take_the_place_of_pictures(sample, folders):
         assert (drawn["0-0-0.png"] != drawn["1-1-0.png"]).any()
 
 
+@pytest.mark.parametrize(("projector", "sizes"), [(FaceProjector, {}), (FacePlusProjector, {"hidden_dim": 40})])
+def test_a_face_adapter_that_reads_pictures_alone(projector, sizes, sample, folders):
+    clip = CLIPImageEncoder.from_pretrained(str(folders / "image_encoder"), dtype="float32")
+    words = ["--image", folders / "red.png"]
+    drawn = sample("sd15", projector, *words, metadata={"image_encoder": clip.identity()}, feature_dim=24, **sizes)
+    assert drawn.keys() == {"0-red-0.png"}
+
+
 def test_both_versions_of_faceid_plus(sample, folders):
     words = ["--embedding", folders / "0.npy", "--image", folders / "red.png"]
     sizes = {"feature_dim": 8, "hidden_dim": 40, "lora_rank": 4}
+    several = sample("sdxl", FacePlusProjector, *words, "--num", "2", metadata={"shortcut": False}, out="two", **sizes)
+    assert several.keys() == {"0-red-0.png", "0-red-1.png"}
     first = sample("sdxl", FacePlusProjector, *words, metadata={"shortcut": False}, **sizes)
+    assert not differ(first, several)
     second = sample("sdxl", FacePlusProjector, *words, metadata={"shortcut": True}, out="v2", **sizes)
     assert differ(first, second)
 
@@ -120,8 +183,9 @@ def test_an_encoder_that_no_loader_holds(sample, folders):
         ([], "give --image, or --embedding"),
         (["--image", "red.png", "blue.png", "--together", "--mask", "black.png"], "got 2 --image, 1 --mask"),
         (["--image", "red.png", "--mask", "black.png"], "add --together"),
-        (["--image", "red.png", "--embedding", "red.png"], "--embedding .*red.png: no .npy file of numbers"),
+        (["--image", "red.png", "--embedding", "red.png"], "--embedding .*red.png: no embedding that can be read"),
         (["--image", "red.png", "--size", "36"], "--size 36 must be a multiple of 8"),
+        (["--image", "red.png", "--steps", "1001"], "--steps 1001 must be at most 1000"),
     ],
 )
 def test_what_does_not_fit_is_refused(words, message, sample, folders, capfd):
@@ -131,10 +195,36 @@ def test_what_does_not_fit_is_refused(words, message, sample, folders, capfd):
     assert re.search(message, line)
 
 
+def test_an_embedding_that_is_not_finite_is_refused(sample, folders, tmp_path, capfd):
+    np.save(tmp_path / "nan.npy", np.full(8, np.nan, np.float32))
+    assert sample("sd15", FaceProjector, "--embedding", tmp_path / "nan.npy", feature_dim=8) == {}
+    assert "nan.npy: no embedding that can be read: its embedding is not finite" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "account",
+    [
+        "clip",
+        {"name": "x", "weights_sha256": "0", "encoder": "DinoImageEncoder", "diffusers_loader": []},
+        {"name": "x", "embedding": "face", "diffusers_loader": 5},
+        StoredEmbeddings(dim=8).identity() | {"encoder": "Foo"},
+        StoredEmbeddings(dim=8).identity() | {"embedding": {"name": "x", "shape": "8", "normalize": False}},
+    ],
+)
+def test_what_others_write_into_their_metadata_ends_in_no_traceback(account, sample, folders, tmp_path):
+    metadata = {"image_encoder": account, "shortcut": "yes"}
+    words = ["--embedding", folders / "0.npy", "--image", folders / "red.png"]
+    sample("sd15", FacePlusProjector, *words, metadata=metadata, lora_rank=4, feature_dim=8, hidden_dim=40)
+    sample("sd15", LinearProjector, "--image", folders / "red.png", metadata=metadata, feature_dim=24)
+    file = str(tmp_path / "adapter" / "ip_adapter.safetensors")
+    assert main(["import", file]) == 0
+    assert main(["export", file, "--out", str(tmp_path / "exported")]) in (0, 2)
+
+
 def test_an_embedding_that_would_be_unpickled_is_refused(sample, folders, tmp_path, capfd):
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     assert sample("sd15", FaceProjector, "--embedding", tmp_path / "objects.npy", feature_dim=8) == {}
-    assert "no .npy file of numbers" in capfd.readouterr().err
+    assert "no embedding that can be read" in capfd.readouterr().err
 
 
 def test_sd3_takes_one_image_prompt_and_no_masks(sample, folders, capfd):

@@ -5,7 +5,9 @@ import torch
 from safetensors.torch import save_file
 
 from ipa_train.cli.main import main
-from ipa_train.export import read_adapter_file, to_interchange
+from ipa_train.errors import ExportError
+from ipa_train.export import describe, read_adapter_file, to_interchange
+from ipa_train.export.file import nested
 
 
 @pytest.fixture
@@ -56,3 +58,25 @@ def test_flat_bin_is_read_and_said_to_be_no_good_elsewhere(dump, tmp_path, caplo
     torch.save(state, tmp_path / "flat.bin")
     assert same(read_adapter_file(tmp_path / "flat.bin")[0], state)
     assert "without the two parts" in caplog.text
+
+
+def test_a_file_with_adapter_modules_in_place_of_ip_adapter(dump, tmp_path, caplog):
+    """As Kolors' FaceID-Plus has it."""
+    _, state = dump
+    parts = nested(state)
+    torch.save({"image_proj": parts["image_proj"], "adapter_modules": parts["ip_adapter"]}, tmp_path / "x.bin")
+    assert same(read_adapter_file(tmp_path / "x.bin")[0], state)
+    assert "adapter_modules in place of ip_adapter" in caplog.text
+
+
+def test_tensors_at_any_depth_are_seen_and_refused_by_name(dump, tmp_path):
+    _, state = dump
+    torch.save(nested(state) | {"optimizer": {"state": {"exp_avg": torch.zeros(2)}}}, tmp_path / "x.bin")
+    with pytest.raises(ExportError, match=r"optimizer\.state\.exp_avg has no place"):
+        describe(read_adapter_file(tmp_path / "x.bin")[0], source="x")
+
+
+def test_a_bin_in_torchs_older_format_is_read(dump, tmp_path):
+    _, state = dump
+    torch.save(nested(state), tmp_path / "x.bin", _use_new_zipfile_serialization=False)
+    assert same(read_adapter_file(tmp_path / "x.bin")[0], state)
