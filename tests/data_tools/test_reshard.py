@@ -265,6 +265,14 @@ def test_what_a_sample_holds_besides_is_refused_or_carried_unchanged(paired, tmp
     message = "00000.tar: holds KEY.ref.*, KEY.mask.png, KEY.npy: say what to keep, --carry reference mask embedding"
     assert message in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+    written = (folder / "index.json").read_text()
+    older = json.loads(written) | {"version": 3}
+    for entry in older["shards"].values():
+        del entry["extras"], entry["found_extras"]
+    (folder / "index.json").write_text(json.dumps(older))
+    assert reshard(folder, tmp_path / "out") == 2, "also of shards indexed before anybody looked for it"
+    assert message in capfd.readouterr().err
+    assert (folder / "index.json").read_text() == written
     assert reshard(folder, tmp_path / "out", "--carry", "mask", "embedding") == 2
     assert "masks of the pictures themselves would not fit the resized ones" in capfd.readouterr().err
     for carried, num_incomplete in (("embedding reference", 1), ("reference mask embedding", 2), ("", 0)):
