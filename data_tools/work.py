@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from ipa_train.data.scan import EXTRAS
 from ipa_train.errors import ConfigError, DataError, difference
 from ipa_train.runtime.files import atomic_write
 from ipa_train.runtime.processes import end_with_parent
@@ -77,6 +78,13 @@ def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", help="folder, glob, or /data/{00000..00010}.tar")
     parser.add_argument("--index-dir", type=Path, help="where the index lies, if not beside the shards")
     parser.add_argument("--allow-missing-stats", action="store_true", help="take shards of other writers")
+
+
+def add_needs(parser: argparse.ArgumentParser) -> None:
+    """Declare what a sample must hold besides its picture and caption, for runs that need it."""
+    parser.add_argument(
+        "--needs", nargs="+", choices=EXTRAS, default=[], help="also KEY.ref.*, KEY.mask.png, KEY.npy of every sample"
+    )
 
 
 def make_output_folder(path: Path, *, option: str = "--out") -> Path:
