@@ -176,6 +176,10 @@ def test_a_prompt_is_never_grey_alone():
     with pytest.raises(DataError, match="keeps nothing of the centre square"):
         masked(mask(columns=slice(0, 8)), mask="background")
     assert masked(mask(columns=slice(0, 8)), mask="crop").min() == 255
+    out, prompts = np.empty((24, 24, 3), np.uint8), ImagePrompts(size=24, mask="background")
+    for change in ReferenceAugmentation(min_crop_rate=0.1).draw(draws(200)):
+        prompts.fill(out, shown(), {"mask": mask()}, flip=False, change=change)
+        assert (out != GREY).any()
 
 
 @pytest.mark.parametrize(("margin", "black"), [(0.0, 1.0), (0.5, 0.25)])
@@ -213,6 +217,7 @@ def colour_mask():
         (encode(Image.fromarray(np.ones((36, 52), np.uint8)), "PNG"), "its mask keeps nothing"),
         (colour_mask(), "its mask is not a PNG of grey levels alone"),
         (encode(Image.new("LA", (52, 36), (255, 0)), "PNG"), "its mask is not a PNG of grey levels alone"),
+        (encode(Image.new("L", (52, 36)), "PNG", transparency=0), "its mask is not a PNG of grey levels alone"),
         (encode(picture(0).convert("L")), "its mask is not a PNG of grey levels alone"),
         (mask()[:60], "its mask: cannot decode"),
     ],
@@ -270,6 +275,12 @@ def test_whatever_is_damaged_an_embedding_is_read_or_refused():
         except DataError:
             refused += 1
     assert refused > 50
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (2, 3, 4)])
+def test_no_run_takes_an_embedding_of_such_a_shape(shape):
+    with pytest.raises(DataError, match=r"which is neither \(f,\) nor \(s, f\)"):
+        read_embedding(npy(np.zeros(shape, np.float32)), None)
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -346,6 +357,19 @@ def test_runs_with_and_without_needs_do_not_disturb_each_other(paired):
     assert without.index.shards[0].rows().dtype.itemsize == 36
     assert (contents(datamodule(paired, **NEEDED), 1)[0], contents(datamodule(paired), 1)[0]) == before
     assert {path.name: path.stat().st_mtime_ns for path in paired.glob("*.idx.npy")} == rows
+
+
+def test_a_resume_with_other_needs_is_refused_by_what_is_needed(paired):
+    saved = {"version": 3, **datamodule(paired, **NEEDED)._order, "positions": [16], "step": 2}
+    datamodule(paired, **NEEDED).load_state_dict(saved)
+    with pytest.raises(DataError, match=r"needs nothing but its picture of each.*KEY\.ref\.\* and KEY\.mask\.png and"):
+        datamodule(paired).load_state_dict(saved)
+    older = {name: value for name, value in saved.items() if name != "extras"}
+    with pytest.raises(DataError, match=r"needs KEY\.npy of each sample.*use the old data\.image_prompt, data\.ref"):
+        datamodule(paired, embedding_shape=[4]).load_state_dict(older)
+    allowed = datamodule(paired, allow_index_change=True)
+    allowed.load_state_dict(saved)
+    assert allowed.positions.tolist() == [16]
 
 
 def test_references_of_two_kinds_are_a_key_that_comes_twice(tmp_path):
