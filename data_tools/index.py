@@ -4,8 +4,9 @@ ipa data index '/data/laion/{00000..41000}.tar'
 ipa data index 's3://bucket/laion/*.tar' --index-dir /shared/index --cache-dir /local/cache
 ipa data index /data/faces --needs mask embedding                        # for runs that need these of every sample
 
-Shards whose size and time have not changed are not read again. Samples without a picture, a caption, or what
---needs names are counted and left out; runs with other needs have an index of their own. A shard that is damaged or unfinished is a problem, and the others are indexed all the same.
+Shards whose size and time have not changed are not read again. Samples without a picture, a caption, or what --needs
+names are counted and left out; runs with other needs have an index of their own. A shard that is damaged or unfinished
+is a problem, and the others are indexed all the same.
 """
 
 import argparse
