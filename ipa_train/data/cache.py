@@ -107,13 +107,17 @@ class CacheDescription:
 
 
 def encoders_identity(vae: dict[str, Any], image_encoder: dict[str, Any], feature_kind: str) -> dict[str, Any]:
-    """What features depend on besides the pictures, of what the encoders say of themselves."""
+    """What features depend on besides the pictures, of what the encoders say of themselves.
+
+    What older caches do not speak of is said only where it is not as it was for all of them.
+    """
+    layer, embedding = image_encoder.get("layer"), image_encoder.get("embedding")
     return {
         **vae,
         "image_encoder_sha256": image_encoder["weights_sha256"],
         "image_preprocessing": image_encoder["preprocessing"],
-        "image_layer": image_encoder.get("layer"),
-        "stored_embedding": image_encoder.get("embedding"),
+        **({} if layer == -2 else {"image_layer": layer}),
+        **({} if embedding is None else {"stored_embedding": embedding}),
         "feature_kind": feature_kind,
     }
 
