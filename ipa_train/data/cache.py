@@ -81,8 +81,10 @@ class CacheDescription:
         if (folder / DESCRIPTION).exists():
             there = read_description(folder)
             if there != self:
+                old, new = (asdict(description) | description.encoders for description in (there, self))
+                differing = difference(old | {"encoders": None}, new | {"encoders": None})
                 raise ConfigError(
-                    f"{folder} holds a cache of another kind: {difference(asdict(there), asdict(self))}; "
+                    f"{folder} holds a cache of another kind: {differing}; "
                     "encode into another folder, or delete this one."
                 )
             return

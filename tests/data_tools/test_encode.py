@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -172,6 +173,8 @@ def test_an_unfinished_or_foreign_cache_is_refused_by_name(pictures, tmp_path, m
         _ = make_data(cache, crop="random").stream
     with pytest.raises(ConfigError, match="holds a cache of another kind: latents_std was True, now False"):
         list(make_writer(pictures, cache, latents_std=False).run([0]))
+    with pytest.raises(ConfigError, match=r"of another kind: image_encoder_sha256 was .*, now of another encoder;"):
+        replace(make_writer(pictures, cache).description, encoders=other).write(cache)
     with pytest.raises(ConfigError, match="holds features already"):
         make_writer(cache, tmp_path / "again")
     description = json.loads((cache / "cache.json").read_text())
@@ -186,7 +189,14 @@ def test_a_cache_from_before_there_were_other_image_prompts_is_still_good(
     cache = tmp_path / "cache"
     list(make_writer(pictures, cache).run(range(3)))
     facts = json.loads((cache / "cache.json").read_text())
-    for name in ("image_prompt", "reference_mask", "reference_mask_margin", "embedding_shape", "version", "fingerprint"):
+    for name in (
+        "image_prompt",
+        "reference_mask",
+        "reference_mask_margin",
+        "embedding_shape",
+        "version",
+        "fingerprint",
+    ):
         del facts[name]
     clip = image_encoder.identity()
     facts["encoders"] = {
