@@ -183,6 +183,12 @@ class StreamingDataModule(lightning.LightningDataModule):
             min_rate=self.min_bucket_rate,
         )
         prompts = self.image_prompts
+        for shard in self.index.shards if prompts.masks_pictures else ():
+            if "reference" in shard.entry.found_extras:
+                raise ConfigError(
+                    f"data.reference_mask={prompts.mask}: {shard.tar.location} has KEY.ref.*, and masks are of these: "
+                    "set data.image_prompt=reference, or data.reference_mask=none."
+                )
         if is_exact and self.crop == "center" and prompts.are_pictures:
             # What is stored at its training size is cropped to the very square that the image encoder sees.
             prompts = replace(prompts, size=None)

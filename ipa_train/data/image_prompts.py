@@ -87,6 +87,11 @@ class ImagePrompts:
             "embedding_shape": None if self.embedding_shape is None else list(self.embedding_shape),
         }
 
+    @property
+    def masks_pictures(self) -> bool:
+        """Whether masks are taken for those of the pictures; where there are references, they are of these."""
+        return self.mask != "none" and self.source == "picture"
+
     def require_fixed(self) -> None:
         """Raise ConfigError if no cache could hold them."""
         if self.augment.is_on:

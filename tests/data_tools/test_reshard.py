@@ -275,6 +275,8 @@ def test_what_a_sample_holds_besides_is_refused_or_carried_unchanged(paired, tmp
     assert (folder / "index.json").read_text() == written
     assert reshard(folder, tmp_path / "out", "--carry", "mask", "embedding") == 2
     assert "masks of the pictures themselves would not fit the resized ones" in capfd.readouterr().err
+    assert reshard(folder, tmp_path / "out", "--carry", "mask", "--no-resize") == 2
+    assert "holds KEY.ref.*, and its masks are of these: --carry reference mask" in capfd.readouterr().err
     for carried, num_incomplete in (("embedding reference", 1), ("reference mask embedding", 2), ("", 0)):
         out = tmp_path / f"out-{carried}"
         assert reshard(folder, out, "--carry", *carried.split()) == 0
