@@ -118,10 +118,10 @@ def claim_folder(folder: Path, mark: str, facts: Mapping[str, Any]) -> None:
         there = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: damaged ({error}); give another folder, or delete this one.") from error
-    if there != json.loads(json.dumps(facts)):
+    # As JSON has it, a tuple is a list; and what an older mark does not speak of is None.
+    if differing := difference(there, json.loads(json.dumps(facts))):
         raise ConfigError(
-            f"--out {folder} holds shards made in another way: {difference(there, facts)}; give another folder, or "
-            "delete this one."
+            f"--out {folder} holds shards made in another way: {differing}; give another folder, or delete this one."
         )
 
 
