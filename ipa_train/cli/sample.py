@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from ipa_train.data.decode import decode_image
+from ipa_train.data.embedding import read_embedding
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.files import atomic_write
 
@@ -128,9 +128,9 @@ def _read_embeddings(paths: Sequence[Path]) -> torch.Tensor | None:
     rows = []
     for path in paths:
         try:
-            rows.append(torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32)))
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"--embedding {path}: no .npy file of numbers: {error}.") from error
+            rows.append(torch.from_numpy(read_embedding(path.read_bytes(), None)))
+        except (OSError, DataError) as error:
+            raise ConfigError(f"--embedding {path}: {error}.") from error
     if len({row.shape for row in rows}) > 1:
         raise ConfigError(
             f"--embedding: the files have different shapes: {', '.join(str(tuple(r.shape)) for r in rows)}."

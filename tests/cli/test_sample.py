@@ -120,7 +120,7 @@ def test_an_encoder_that_no_loader_holds(sample, folders):
         ([], "give --image, or --embedding"),
         (["--image", "red.png", "blue.png", "--together", "--mask", "black.png"], "got 2 --image, 1 --mask"),
         (["--image", "red.png", "--mask", "black.png"], "add --together"),
-        (["--image", "red.png", "--embedding", "red.png"], "--embedding .*red.png: no .npy file of numbers"),
+        (["--image", "red.png", "--embedding", "red.png"], r"--embedding .*red\.png: its embedding is no array of"),
         (["--image", "red.png", "--size", "36"], "--size 36 must be a multiple of 8"),
     ],
 )
@@ -131,10 +131,17 @@ def test_what_does_not_fit_is_refused(words, message, sample, folders, capfd):
     assert re.search(message, line)
 
 
-def test_an_embedding_that_would_be_unpickled_is_refused(sample, folders, tmp_path, capfd):
-    np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    assert sample("sd15", FaceProjector, "--embedding", tmp_path / "objects.npy", feature_dim=8) == {}
-    assert "no .npy file of numbers" in capfd.readouterr().err
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.array([{"a": 1}], dtype=object), "its embedding is of object, not float16 or float32."),
+        (np.array([1, np.nan], np.float32), "its embedding is not finite."),
+    ],
+)
+def test_an_embedding_that_training_would_refuse_is_refused(sample, tmp_path, capfd, values, message):
+    np.save(tmp_path / "bad.npy", values, allow_pickle=True)
+    assert sample("sd15", FaceProjector, "--embedding", tmp_path / "bad.npy", feature_dim=8) == {}
+    assert f"bad.npy: {message}" in capfd.readouterr().err
 
 
 def test_sd3_takes_one_image_prompt_and_no_masks(sample, folders, capfd):
