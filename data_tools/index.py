@@ -2,15 +2,17 @@
 
 ipa data index '/data/laion/{00000..41000}.tar'
 ipa data index 's3://bucket/laion/*.tar' --index-dir /shared/index --cache-dir /local/cache
+ipa data index /data/faces --needs mask embedding                        # for runs that need these of every sample
 
-Shards whose size and time have not changed are not read again. Samples without a picture or a caption are counted and
-left out; a shard that is damaged or unfinished is a problem, and the others are indexed all the same.
+Shards whose size and time have not changed are not read again. Samples without a picture, a caption, or what --needs
+names are counted and left out; runs with other needs have an index of their own. A shard that is damaged or unfinished
+is a problem, and the others are indexed all the same.
 """
 
 import argparse
 from pathlib import Path
 
-from data_tools.work import Report, add_shard_arguments, add_work_arguments
+from data_tools.work import Report, add_needs, add_shard_arguments, add_work_arguments
 from ipa_train.data.find import find_shards
 from ipa_train.data.index import index_sound_shards
 from ipa_train.data.local_copies import LocalCopies
@@ -19,6 +21,7 @@ from ipa_train.data.local_copies import LocalCopies
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the tool's arguments."""
     add_shard_arguments(parser)
+    add_needs(parser)
     parser.add_argument("--cache-dir", type=Path, help="folder for copies of remote shards, on a local disk")
     parser.add_argument("--cache-gib", type=float, default=100.0, help="what the copies may take; default: 100")
     add_work_arguments(parser)
@@ -32,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
         allow_missing_stats=args.allow_missing_stats,
         num_workers=args.workers,
         copies=None if args.cache_dir is None else LocalCopies(args.cache_dir, max_gib=args.cache_gib),
+        extras=args.needs,
     )
     report = Report("index", index_id=index.index_id)
     entries = [shard.entry for shard in index.shards]

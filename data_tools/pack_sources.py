@@ -67,7 +67,7 @@ def _folder_entries(folder: Path, caption_suffix: str, ignored: Counter[str]) ->
             path = below / name
             if os.fsencode(path) in belonging:
                 continue
-            if path.suffix[1:].lower() in IMAGE_SUFFIXES:
+            if _is_image(name):
                 stems.add(path.stem)
                 caption = os.fsencode(path.with_suffix(caption_suffix)) if path.stem in captions else None
                 yield Entry(root, os.fsencode(path), None, caption, "{}", **extras.get(path.stem, {}))
@@ -79,16 +79,22 @@ def _folder_entries(folder: Path, caption_suffix: str, ignored: Counter[str]) ->
 
 def _find_extras(folder: Path, below: Path, names: Sequence[str]) -> dict[str, dict[Extra, bytes]]:
     """Paths of what lies beside pictures for their image prompts, by stem; names that no picture goes with are none."""
-    stems = {Path(name).stem for name in names if Path(name).suffix[1:].lower() in IMAGE_SUFFIXES}
+    stems = {Path(name).stem for name in names if _is_image(name)}
     extras = {suffix: extra for extra, suffix in EXTRAS.items()}
     found: dict[str, dict[Extra, bytes]] = {}
-    for name in sorted(names):
+    # Pictures before what may belong to them: what belongs to a picture is no picture that others belong to.
+    for name in sorted(names, key=lambda name: (not _is_image(name), len(name), name)):
         for stem, suffix in ((name[:dot], name[dot + 1 :]) for dot, letter in enumerate(name) if letter == "."):
             if stem in stems and (extra := extras.get(member_kind(suffix))):
                 if extra in found.setdefault(stem, {}):
                     raise DataError(f"{folder / name}: another {extra} of {stem} lies beside it; keep one.")
                 found[stem][extra] = os.fsencode(below / name)
+                stems.discard(Path(name).stem if _is_image(name) else "")
     return found
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix[1:].lower() in IMAGE_SUFFIXES
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -180,8 +186,10 @@ def _texts(source: Path, name: str, values: list[Any]) -> list[bytes | None]:
 
 
 def _require_columns(source: Path, required: Iterable[str], names: Iterable[str]) -> None:
-    names = list(names)
+    names, required = list(names), list(required)
     for name in required:
+        if required.count(name) > 1:
+            raise ConfigError(f"{source}: column {name!r} is named by two options; give each a column of its own.")
         if name not in names:
             raise ConfigError(
                 f"{source}: no column {name!r}.{did_you_mean(name, names)} Set --image-column and --caption-column."

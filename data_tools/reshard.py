@@ -108,6 +108,8 @@ class Source:
             raise ConfigError("cached features cannot be resharded: reshard the pictures, and encode those.")
         if recipe.carry is None:
             _require_no_extras(self.index)
+        elif "mask" in recipe.carry and "reference" not in recipe.carry:
+            _require_no_references(self.index)
         self.buckets, counts, _ = choose_buckets(
             self.index,
             resolution=recipe.resolution,
@@ -184,6 +186,14 @@ def _require_no_extras(index: Index) -> None:
             raise ConfigError(
                 f"{shard.path}: holds {', '.join(f'KEY.{EXTRAS[extra]}' for extra in found)}: say what to keep, "
                 f"--carry {' '.join(found)}, or --carry alone to keep none of it."
+            )
+
+
+def _require_no_references(index: Index) -> None:
+    for shard in index.shards:
+        if "reference" in shard.entry.found_extras:
+            raise ConfigError(
+                f"{shard.path}: holds KEY.ref.*, and its masks are of these: --carry reference mask, or neither."
             )
 
 

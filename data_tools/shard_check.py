@@ -149,7 +149,10 @@ def _check_samples(shard: Path, found: Scan, max_pixels: int) -> tuple[dict[str,
                 num_empty += not _caption(data).strip()
                 if found.content == "pictures":
                     height, width, _ = decode(data["content"], max_pixels=max_pixels).shape
-                    check_extras({extra: data[EXTRAS[extra]] for extra in found.extras}, (height, width), max_pixels)
+                    extras: list[Extra] = [*found.extras]
+                    if "mask" in extras and EXTRAS["reference"] in data:
+                        extras.append("reference")  # whose mask it is
+                    check_extras({extra: data[EXTRAS[extra]] for extra in extras}, (height, width), max_pixels)
                 else:
                     layout = layout or Layout(data["content"])
                     for kind in {"content", FLIPPED_SUFFIX} & data.keys():

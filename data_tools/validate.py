@@ -21,7 +21,7 @@ import numpy as np
 from data_tools.checksums import hash_key, read_checksums, repeated_hashes
 from data_tools.exclude_list import list_folders, update_exclude_list
 from data_tools.shard_check import ShardFindings, check_shard, checksums_path
-from data_tools.work import Report, add_shard_arguments, add_work_arguments, run_tasks
+from data_tools.work import Report, add_needs, add_shard_arguments, add_work_arguments, run_tasks
 from ipa_train.data.decode import MAX_PIXELS
 from ipa_train.data.find import find_shards
 from ipa_train.data.index import MAX_MEMBER_BYTES, read_excluded
@@ -37,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the tool's arguments."""
     add_shard_arguments(parser)
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="as data.max_pixels (%(default)s)")
-    parser.add_argument(
-        "--needs", nargs="+", choices=EXTRAS, default=[], help="also KEY.ref.*, KEY.mask.png, KEY.npy of every sample"
-    )
+    add_needs(parser)
     parser.add_argument("--reread", action="store_true", help="read shards again that are as they were")
     parser.add_argument("--write-exclude", action="store_true", help=f"list bad samples in {EXCLUDE_LIST}")
     add_work_arguments(parser)

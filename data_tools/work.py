@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from ipa_train.data.scan import EXTRAS
 from ipa_train.errors import ConfigError, DataError, difference
 from ipa_train.runtime.files import atomic_write
 from ipa_train.runtime.processes import end_with_parent
@@ -79,6 +80,13 @@ def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-missing-stats", action="store_true", help="take shards of other writers")
 
 
+def add_needs(parser: argparse.ArgumentParser) -> None:
+    """Declare what a sample must hold besides its picture and caption, for runs that need it."""
+    parser.add_argument(
+        "--needs", nargs="+", choices=EXTRAS, default=[], help="also KEY.ref.*, KEY.mask.png, KEY.npy of every sample"
+    )
+
+
 def make_output_folder(path: Path, *, option: str = "--out") -> Path:
     """Make the folder ``path``, if it is not there, and return it.
 
@@ -110,10 +118,10 @@ def claim_folder(folder: Path, mark: str, facts: Mapping[str, Any]) -> None:
         there = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: damaged ({error}); give another folder, or delete this one.") from error
-    if there != json.loads(json.dumps(facts)):
+    # As JSON has it, a tuple is a list; and what an older mark does not speak of is None.
+    if differing := difference(there, json.loads(json.dumps(facts))):
         raise ConfigError(
-            f"--out {folder} holds shards made in another way: {difference(there, facts)}; give another folder, or "
-            "delete this one."
+            f"--out {folder} holds shards made in another way: {differing}; give another folder, or delete this one."
         )
 
 

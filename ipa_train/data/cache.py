@@ -81,8 +81,10 @@ class CacheDescription:
         if (folder / DESCRIPTION).exists():
             there = read_description(folder)
             if there != self:
+                old, new = (asdict(description) | description.encoders for description in (there, self))
+                differing = difference(old | {"encoders": None}, new | {"encoders": None})
                 raise ConfigError(
-                    f"{folder} holds a cache of another kind: {difference(asdict(there), asdict(self))}; "
+                    f"{folder} holds a cache of another kind: {differing}; "
                     "encode into another folder, or delete this one."
                 )
             return
@@ -107,13 +109,17 @@ class CacheDescription:
 
 
 def encoders_identity(vae: dict[str, Any], image_encoder: dict[str, Any], feature_kind: str) -> dict[str, Any]:
-    """What features depend on besides the pictures, of what the encoders say of themselves."""
+    """What features depend on besides the pictures, of what the encoders say of themselves.
+
+    What older caches do not speak of is said only where it is not as it was for all of them.
+    """
+    layer, embedding = image_encoder.get("layer"), image_encoder.get("embedding")
     return {
         **vae,
         "image_encoder_sha256": image_encoder["weights_sha256"],
         "image_preprocessing": image_encoder["preprocessing"],
-        "image_layer": image_encoder.get("layer"),
-        "stored_embedding": image_encoder.get("embedding"),
+        **({} if layer == -2 else {"image_layer": layer}),
+        **({} if embedding is None else {"stored_embedding": embedding}),
         "feature_kind": feature_kind,
     }
 

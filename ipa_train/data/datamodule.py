@@ -25,6 +25,7 @@ from ipa_train.data.pipeline import LoadedBatch, Places, StreamDataset, StreamSa
 from ipa_train.data.plan import rank_share
 from ipa_train.data.prefetch import Lanes, Prefetcher, lanes_of_node, require_room
 from ipa_train.data.reader import ShardReader
+from ipa_train.data.resume import are_same_buckets, require_same_order
 from ipa_train.data.scan import lacks
 from ipa_train.data.stream import Stream, choose_buckets, make_stream
 from ipa_train.data.tolerance import ErrorBudget
@@ -182,6 +183,12 @@ class StreamingDataModule(lightning.LightningDataModule):
             min_rate=self.min_bucket_rate,
         )
         prompts = self.image_prompts
+        for shard in self.index.shards if prompts.masks_pictures else ():
+            if "reference" in shard.entry.found_extras:
+                raise ConfigError(
+                    f"data.reference_mask={prompts.mask}: {shard.tar.location} has KEY.ref.*, and masks are of these: "
+                    "set data.image_prompt=reference, or data.reference_mask=none."
+                )
         if is_exact and self.crop == "center" and prompts.are_pictures:
             # What is stored at its training size is cropped to the very square that the image encoder sees.
             prompts = replace(prompts, size=None)
@@ -329,6 +336,7 @@ class StreamingDataModule(lightning.LightningDataModule):
         """All that a position's sample depends on."""
         return {
             "index_id": self.index.index_id,
+            "extras": list(self.image_prompts.extras),
             "seed": self.seed,
             "num_lanes": self.num_lanes,
             "window_size": self.window_size,
@@ -361,39 +369,17 @@ class StreamingDataModule(lightning.LightningDataModule):
         """Go on at the saved place.
 
         Raises:
-            DataError: the shards, the seed, the buckets, weights, lanes or windows are not those of the checkpoint.
+            DataError: the shards, what is needed of each sample, the seed, the buckets, weights, lanes or windows are
+                not those of the checkpoint.
         """
         if state_dict["version"] != STATE_VERSION:
             raise DataError(
                 f"the checkpoint's place in the data is of version {state_dict['version']}, this release reads "
                 f"{STATE_VERSION}: train on with the release that wrote it."
             )
-        if state_dict["seed"] != self.seed:
-            raise DataError(
-                f"this run has seed {self.seed}, its checkpoint {state_dict['seed']}: "
-                "use the old seed, or another run.name."
-            )
         order = self._order
-        for name in ("num_lanes", "window_size", "weights"):
-            if state_dict[name] != order[name]:
-                raise DataError(
-                    f"data.{name}={order[name]}, but {state_dict[name]} in the checkpoint: samples would be "
-                    "repeated and left out; use the old value, or another run.name."
-                )
-        if state_dict["index_id"] != self.index.index_id and not self.allow_index_change:
-            raise DataError(
-                f"data.shards are not the ones of the checkpoint (index {self.index.index_id}, then "
-                f"{state_dict['index_id']}): give the same shards, or set data.allow_index_change=true to go on at "
-                f"sample {sum(state_dict['positions'])} of the new ones."
-            )
+        require_same_order(state_dict, order, allow_index_change=self.allow_index_change)
         positions = np.array(state_dict["positions"])
-        # Of a single bucket the size may change: the order of its samples does not depend on it.
-        if state_dict["buckets"] != order["buckets"] and len(positions) * len(order["buckets"]) > 1:
-            if not self.allow_index_change:
-                raise DataError(
-                    f"the aspect buckets are not those of the checkpoint ({len(order['buckets'])}, then "
-                    f"{len(positions)}): use the old data.resolution, data.bucket_step, data.max_aspect_ratio and "
-                    "data.min_bucket_rate, or set data.allow_index_change=true."
-                )
+        if not are_same_buckets(state_dict, order):
             positions = BucketSchedule.positions_at(self.stream.shares, int(positions.sum()))
         self._start_positions, self._start_step = positions, state_dict["step"]

@@ -17,7 +17,8 @@ def read_embedding(data: bytes, shape: tuple[int, ...] | None) -> Float32[ndarra
     """Read an array that ``numpy.save`` wrote; its header is checked before anything else is, and nothing is unpickled.
 
     Raises:
-        DataError: no such array, or not of this ``shape`` (None: any), in fp16 or fp32, and finite throughout.
+        DataError: no such array, or not of this ``shape`` (None: any (f,) or (s, f)), in fp16 or fp32, and finite
+            throughout.
     """
     stream = io.BytesIO(data)
     try:
@@ -28,6 +29,8 @@ def read_embedding(data: bytes, shape: tuple[int, ...] | None) -> Float32[ndarra
         raise DataError(f"its embedding is of {dtype.name}, not {' or '.join(_DTYPES)}")
     if shape is not None and found != shape:
         raise DataError(f"its embedding has shape {found}, but this run's image encoder takes {shape}")
+    if len(found) not in (1, 2) or min(found) < 1:
+        raise DataError(f"its embedding has shape {found}, which is neither (f,) nor (s, f)")
     if len(data) - stream.tell() != math.prod(found) * dtype.itemsize:
         raise DataError(f"its embedding of shape {found} is not as long as that: truncated?")
     values = np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32)

@@ -87,12 +87,17 @@ class ImagePrompts:
             "embedding_shape": None if self.embedding_shape is None else list(self.embedding_shape),
         }
 
+    @property
+    def masks_pictures(self) -> bool:
+        """Whether masks are taken for those of the pictures; where there are references, they are of these."""
+        return self.mask != "none" and self.source == "picture"
+
     def require_fixed(self) -> None:
         """Raise ConfigError if no cache could hold them."""
         if self.augment.is_on:
             raise ConfigError(
                 "data.reference_augment: features of prompts that change with each look cannot be cached; train from "
-                "the pictures, or leave it as it is by default."
+                "the pictures, or set data.reference_augment=null."
             )
 
     def fill(
@@ -121,7 +126,9 @@ class ImagePrompts:
             raise DataError("its mask keeps nothing of the centre square, which is what the image encoder sees")
         if change is not None:
             flip = change.flip
-            picture, kept = change.cut(picture), None if kept is None else change.cut(kept)
+            # A part that shows nothing of what is kept would be grey alone, which means "no image".
+            if kept is None or change.cut(kept).max() >= _KEPT:
+                picture, kept = change.cut(picture), None if kept is None else change.cut(kept)
         fill_image_prompt(out, picture, flip=flip, max_pixels=self.max_pixels)
         if change is not None:
             out[:] = change.recolour(out)
@@ -156,7 +163,8 @@ def decode_mask(data: bytes, size: tuple[int, int], max_pixels: int) -> UInt8[nd
         DataError: it is damaged, in colour or with transparency, of another size, or keeps nothing.
     """
     signature, grey_levels = _PNG_OF_GREY_LEVELS
-    if not data.startswith(signature) or data[25:26] != grey_levels:
+    is_transparent = b"tRNS" in data.partition(b"IDAT")[0]
+    if not data.startswith(signature) or data[25:26] != grey_levels or is_transparent:
         raise DataError("its mask is not a PNG of grey levels alone")
     mask = _decode(data, "mask", max_pixels)[..., :1]
     if mask.shape[:2] != size:

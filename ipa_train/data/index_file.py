@@ -9,7 +9,7 @@ from ipa_train.data.scan import Content, Extra
 from ipa_train.errors import ConfigError
 from ipa_train.runtime.files import atomic_write
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,8 @@ class SampleReader:
                     is_empty = False
                     needed = ("content", TEXT_SUFFIX, *self.extras.values())
                     lacking = "" if all(kind in members for kind in needed) else f"is without {lacks(self.extras)}"
+                    if "mask" in self.extras and "reference" not in self.extras and EXTRAS["reference"] in members:
+                        lacking = "its mask is of its KEY.ref.*: set data.image_prompt=reference"
                     extras = {extra: members.get(suffix, b"") for extra, suffix in self.extras.items()}
                     yield Sample(name, key, members.get("content", b""), members.get(TEXT_SUFFIX, b""), extras, lacking)
                 stream.require_end()
@@ -110,6 +112,8 @@ class SampleReader:
                 current = key
                 kind = member_kind(suffix)
                 is_needed = kind in ("content", TEXT_SUFFIX, *self.extras.values())
+                if kind == EXTRAS["reference"]:
+                    members[kind] = b""  # it is known to be there, if no more
                 if not member.isreg() or not is_needed or suffix.lower() == FEATURES_SUFFIX:
                     continue
                 if member.size > self.max_member_bytes:

@@ -1,7 +1,5 @@
 """References, masks, stored embeddings and augmentation: what the image encoder sees, and what is not let through."""
 
-import io
-import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +9,6 @@ from PIL import Image
 
 from ipa_train.data.augmentation import ReferenceAugmentation
 from ipa_train.data.datamodule import StreamingDataModule
-from ipa_train.data.embedding import read_embedding
 from ipa_train.data.image_prompts import GREY, ImagePrompts
 from ipa_train.data.index import build_index
 from ipa_train.data.sequential import SequentialDataModule
@@ -176,6 +173,10 @@ def test_a_prompt_is_never_grey_alone():
     with pytest.raises(DataError, match="keeps nothing of the centre square"):
         masked(mask(columns=slice(0, 8)), mask="background")
     assert masked(mask(columns=slice(0, 8)), mask="crop").min() == 255
+    out, prompts = np.empty((24, 24, 3), np.uint8), ImagePrompts(size=24, mask="background")
+    for change in ReferenceAugmentation(min_crop_rate=0.1).draw(draws(200)):
+        prompts.fill(out, shown(), {"mask": mask()}, flip=False, change=change)
+        assert (out != GREY).any()
 
 
 @pytest.mark.parametrize(("margin", "black"), [(0.0, 1.0), (0.5, 0.25)])
@@ -213,6 +214,7 @@ def colour_mask():
         (encode(Image.fromarray(np.ones((36, 52), np.uint8)), "PNG"), "its mask keeps nothing"),
         (colour_mask(), "its mask is not a PNG of grey levels alone"),
         (encode(Image.new("LA", (52, 36), (255, 0)), "PNG"), "its mask is not a PNG of grey levels alone"),
+        (encode(Image.new("L", (52, 36)), "PNG", transparency=0), "its mask is not a PNG of grey levels alone"),
         (encode(picture(0).convert("L")), "its mask is not a PNG of grey levels alone"),
         (mask()[:60], "its mask: cannot decode"),
     ],
@@ -221,61 +223,6 @@ def colour_mask():
 def test_a_mask_that_would_mislead_is_refused(data, message, kind):
     with pytest.raises(DataError, match=message):
         masked(data, mask=kind)
-
-
-def claim(shape):
-    """A header without its numbers."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
-
-
-class Owned:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('unpickled')",)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (npy(np.zeros(5, np.float32)), r"has shape \(5,\), but this run's image encoder takes \(4,\)"),
-        (npy(np.zeros((1, 4), np.float32)), r"has shape \(1, 4\)"),
-        (npy(np.zeros(4)), "is of float64, not float16 or float32"),
-        (npy(np.array([1, 2, np.nan, 4], np.float16)), "is not finite"),
-        (npy(np.array([1, 2, np.inf, 4], np.float32)), "is not finite"),
-        (npy(np.zeros(4, np.float32))[:-1], "is not as long as that: truncated"),
-        (npy(np.zeros(4, np.float32))[:50], "is no array of numpy.save"),
-        (npy(np.array([Owned()] * 4, object)), "is of object"),
-        (pickle.dumps(Owned()), "is no array of numpy.save"),
-        (b"", "is no array of numpy.save"),
-        (npy(np.zeros(4, np.float32)).replace(b"(4,), }", b"(((((4,"), "is no array of numpy.save"),
-        (claim((10**12,)), r"has shape \(1000000000000,\)"),
-    ],
-)
-def test_an_embedding_that_is_not_what_was_asked_for_is_refused_unread(data, message):
-    with pytest.raises(DataError, match=message):
-        read_embedding(data, (4,))
-
-
-def test_whatever_is_damaged_an_embedding_is_read_or_refused():
-    whole = npy(np.arange(4, dtype=np.float32))
-    rng = np.random.default_rng(0)
-    refused = 0
-    for _ in range(500):
-        data = bytearray(whole)
-        for at in rng.integers(0, len(data), 3):
-            data[at] = rng.integers(256)
-        try:
-            assert np.isfinite(read_embedding(bytes(data), (4,))).all()
-        except DataError:
-            refused += 1
-    assert refused > 50
-
-
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_embeddings_keep_their_values(order):
-    values = np.arange(12, dtype=np.float32).reshape(3, 4)
-    assert (read_embedding(npy(np.asarray(values, order=order)), (3, 4)) == values).all()
 
 
 @pytest.fixture
@@ -331,6 +278,18 @@ def test_remote_shards_give_the_same(paired, tmp_path):
             assert remote == local
 
 
+def test_masks_of_references_are_not_used_for_pictures(tmp_path):
+    """Also where both happen to be of one size."""
+    write_shard(tmp_path, 0, {f"{n}": paired_sample(n) | {"mask.png": mask(40, 48)} for n in range(9)})
+    with pytest.raises(
+        ConfigError, match=r"data\.reference_mask=crop: .*00000\.tar has KEY\.ref\.\*, and masks are of"
+    ):
+        _ = datamodule(tmp_path, reference_mask="crop").stream
+    streamed = datamodule(tmp_path, SequentialDataModule, reference_mask="crop", num_workers=0)
+    with pytest.raises(DataError, match=r"its mask is of its KEY\.ref\.\*: set data\.image_prompt=reference"):
+        contents(streamed, 1)
+
+
 def test_shards_without_what_is_needed_are_refused_by_name(shards):
     with pytest.raises(
         DataError, match=r"00000\.tar: no sample with both an image .* and a \.txt caption and KEY\.ref\.\*"
@@ -346,6 +305,19 @@ def test_runs_with_and_without_needs_do_not_disturb_each_other(paired):
     assert without.index.shards[0].rows().dtype.itemsize == 36
     assert (contents(datamodule(paired, **NEEDED), 1)[0], contents(datamodule(paired), 1)[0]) == before
     assert {path.name: path.stat().st_mtime_ns for path in paired.glob("*.idx.npy")} == rows
+
+
+def test_a_resume_with_other_needs_is_refused_by_what_is_needed(paired):
+    saved = {"version": 3, **datamodule(paired, **NEEDED)._order, "positions": [16], "step": 2}
+    datamodule(paired, **NEEDED).load_state_dict(saved)
+    with pytest.raises(DataError, match=r"needs nothing but its picture of each.*KEY\.ref\.\* and KEY\.mask\.png and"):
+        datamodule(paired).load_state_dict(saved)
+    older = {name: value for name, value in saved.items() if name != "extras"}
+    with pytest.raises(DataError, match=r"needs KEY\.npy of each sample.*use the old data\.image_prompt, data\.ref"):
+        datamodule(paired, embedding_shape=[4]).load_state_dict(older)
+    allowed = datamodule(paired, allow_index_change=True)
+    allowed.load_state_dict(saved)
+    assert allowed.positions.tolist() == [16]
 
 
 def test_references_of_two_kinds_are_a_key_that_comes_twice(tmp_path):

@@ -1,10 +1,12 @@
 """The feature cache holds what training would have computed, whole, and says what it lacks."""
 
+import hashlib
 import json
 import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -171,12 +173,44 @@ def test_an_unfinished_or_foreign_cache_is_refused_by_name(pictures, tmp_path, m
         _ = make_data(cache, crop="random").stream
     with pytest.raises(ConfigError, match="holds a cache of another kind: latents_std was True, now False"):
         list(make_writer(pictures, cache, latents_std=False).run([0]))
+    with pytest.raises(ConfigError, match=r"of another kind: image_encoder_sha256 was .*, now of another encoder;"):
+        replace(make_writer(pictures, cache).description, encoders=other).write(cache)
     with pytest.raises(ConfigError, match="holds features already"):
         make_writer(cache, tmp_path / "again")
     description = json.loads((cache / "cache.json").read_text())
     (cache / "cache.json").write_text(json.dumps(description | {"resolution": 64}))
     with pytest.raises(ConfigError, match="its fingerprint is not that of its content"):
         _ = make_data(cache).stream
+
+
+def test_a_cache_from_before_there_were_other_image_prompts_is_still_good(
+    pictures, tmp_path, make_writer, make_data, base, image_encoder
+):
+    cache = tmp_path / "cache"
+    list(make_writer(pictures, cache).run(range(3)))
+    facts = json.loads((cache / "cache.json").read_text())
+    for name in (
+        "image_prompt",
+        "reference_mask",
+        "reference_mask_margin",
+        "embedding_shape",
+        "version",
+        "fingerprint",
+    ):
+        del facts[name]
+    clip = image_encoder.identity()
+    facts["encoders"] = {
+        **base.vae.identity(),
+        "image_encoder_sha256": clip["weights_sha256"],
+        "image_preprocessing": clip["preprocessing"],
+        "feature_kind": "pooled",
+    }
+    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    (cache / "cache.json").write_text(json.dumps({"version": 1, "fingerprint": fingerprint, **facts}))
+    assert len(batches(make_data(cache), 2)) == 2
+    assert len(list(make_writer(pictures, cache).run([0]))) == 1
+    others = encoders_identity({}, clip | {"layer": -3}, "pooled"), encoders_identity({}, clip, "pooled")
+    assert others[0] != others[1]
 
 
 def test_without_std_latents_are_the_means(pictures, tmp_path, make_writer, make_data):

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from ipa_train.cli.main import main
-from tests.data.conftest import encode, picture, write_shard
+from ipa_train.data.index import build_index
+from tests.data.conftest import encode, paired_sample, picture, write_shard
 
 
 def run(*arguments):
@@ -44,6 +45,19 @@ def test_the_report_lies_with_the_index(shards, tmp_path):
     assert run(shards, "--index-dir", tmp_path / "index") == 0
     assert report(tmp_path / "index")["ok"]
     assert not list(shards.glob("*-report.json"))
+
+
+def test_training_finds_the_index_of_what_it_needs(tmp_path):
+    samples = {f"{n:05d}": paired_sample(n) for n in range(5)}
+    del samples["00000"]["npy"], samples["00001"]["mask.png"]
+    write_shard(tmp_path, 0, samples)
+    assert run(tmp_path, "--needs", "embedding", "reference") == 0
+    counts = report(tmp_path)["counts"]
+    assert (counts["samples"], counts["incomplete samples left out"]) == (4, 1)
+    rows = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.idx.npy")}
+    index = build_index(str(tmp_path), extras=["reference", "embedding"])
+    assert index.index_id == json.loads((tmp_path / "index-report.json").read_text())["index_id"]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.idx.npy")} == rows
 
 
 @pytest.mark.parametrize("workers", ["0", "-1"])

@@ -92,6 +92,16 @@ def test_references_masks_and_embeddings_lie_beside_their_picture(photos, tmp_pa
     assert index.counts.tolist() == [2]
 
 
+def test_what_lies_beside_a_reference_is_not_lost_without_a_word(photos, tmp_path):
+    add_extras(photos, "0")
+    (photos / "0.ref.mask.png").write_bytes(mask(44, 60))
+    (photos / "0.ref.npy").write_bytes(npy(np.ones(3, np.float16)))
+    assert pack(photos, out=tmp_path / "out", max_bad_rate=0.5) == 0
+    assert report(tmp_path / "out")["counts"][".npy files ignored"] == 1
+    (bad,) = report(tmp_path / "out")["bad"]
+    assert bad.endswith("without a caption: " + str(photos / "0.ref.mask.png"))
+
+
 def test_two_references_of_one_picture_are_refused(photos, tmp_path, capfd):
     add_extras(photos, "0")
     (photos / "0.ref.jpg").write_bytes(encode(picture(9)))
@@ -119,6 +129,13 @@ def test_columns_of_a_table_name_them_too(photos, tmp_path, suffix):
     gone, wrong = report(tmp_path / "out")["bad"]
     assert "missing or unreadable references: 1.jpg" in gone.replace(f"{photos}/", "")
     assert wrong.endswith("its embedding is no array of numpy.save")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".parquet"])
+def test_a_column_is_for_one_thing(photos, tmp_path, capfd, suffix):
+    listed = table(photos / f"list{suffix}", [{"image_file": "1.jpg", "text": "one"}])
+    assert pack(listed, out=tmp_path / "out", reference_column="image_file") == 2
+    assert "column 'image_file' is named by two options; give each a column of its own" in capfd.readouterr().err
 
 
 def table(path, rows):

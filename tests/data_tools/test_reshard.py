@@ -226,6 +226,16 @@ def test_what_would_mix_is_refused_in_one_line(source, tmp_path, capfd, options,
     assert contents(tmp_path / "out") == before
 
 
+def test_a_folder_that_an_older_release_began_is_gone_on_with(source, tmp_path, capfd):
+    reshard(source, tmp_path / "out")
+    mark = tmp_path / "out" / DESCRIPTION
+    facts = json.loads(mark.read_text())
+    assert facts.pop("carry") is None
+    mark.write_text(json.dumps(facts))
+    assert reshard(source, tmp_path / "out") == 0
+    assert reshard(source, tmp_path / "out", "--carry", "mask", "reference") == 2
+
+
 def test_other_folders_are_refused(source, tmp_path, capfd):
     reshard(source, tmp_path / "out")
     changed = write_shards(tmp_path / "changed", (3,))
@@ -265,8 +275,19 @@ def test_what_a_sample_holds_besides_is_refused_or_carried_unchanged(paired, tmp
     message = "00000.tar: holds KEY.ref.*, KEY.mask.png, KEY.npy: say what to keep, --carry reference mask embedding"
     assert message in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+    written = (folder / "index.json").read_text()
+    older = json.loads(written) | {"version": 3}
+    for entry in older["shards"].values():
+        del entry["extras"], entry["found_extras"]
+    (folder / "index.json").write_text(json.dumps(older))
+    assert reshard(folder, tmp_path / "out") == 2, "also of shards indexed before anybody looked for it"
+    assert message in capfd.readouterr().err
+    assert (folder / "index.json").read_text() == written
     assert reshard(folder, tmp_path / "out", "--carry", "mask", "embedding") == 2
     assert "masks of the pictures themselves would not fit the resized ones" in capfd.readouterr().err
+    assert reshard(folder, tmp_path / "out", "--carry", "mask", "--no-resize") == 2
+    assert "holds KEY.ref.*, and its masks are of these: --carry reference mask" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
     for carried, num_incomplete in (("embedding reference", 1), ("reference mask embedding", 2), ("", 0)):
         out = tmp_path / f"out-{carried}"
         assert reshard(folder, out, "--carry", *carried.split()) == 0
@@ -283,3 +304,6 @@ def test_what_a_sample_holds_besides_is_refused_or_carried_unchanged(paired, tmp
                         assert tar.extractfile(member).read() == samples[key.rpartition("-")[2]][suffix]
                         found += 1
         assert found == len(carried.split()) * (12 - num_incomplete)
+        capfd.readouterr()
+        assert reshard(folder, out, "--carry", *carried.split(), "--quality", "80") == 2
+        assert "made in another way: quality was 95, now 80; give" in capfd.readouterr().err

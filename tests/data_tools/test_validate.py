@@ -12,7 +12,7 @@ from data_tools.checksums import CHECKSUM, hash_key, repeated_hashes, write_chec
 from ipa_train.cli.main import main
 from ipa_train.data.cache import CacheDescription
 from ipa_train.data.index import build_index
-from tests.data.conftest import encode, mask, npy, picture, write_shard, write_shards
+from tests.data.conftest import encode, mask, npy, paired_sample, picture, write_shard, write_shards
 
 JPG = encode(picture(0), quality=95)
 GOOD = {"jpg": JPG, "txt": "a picture", "json": b"{}"}
@@ -89,6 +89,11 @@ def test_references_masks_and_embeddings_are_read_where_they_are_needed(tmp_path
     }
     assert found["counts"] | {"samples": 4, "incomplete samples": 1, "shards validated before": 0} == found["counts"]
     assert validate(tmp_path) == 0
+
+
+def test_the_mask_of_a_reference_is_held_to_its_size(tmp_path):
+    write_shard(tmp_path, 0, {str(n): paired_sample(n) for n in range(3)})
+    assert validate(tmp_path, "--needs", "mask") == 0
 
 
 def test_a_shard_that_training_refuses_is_a_problem_and_the_others_are_validated(shards):

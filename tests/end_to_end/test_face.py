@@ -78,3 +78,16 @@ def test_it_trains_resumes_exports_and_starts_from_its_export(experiment, comman
     assert "set adapter.sites.lora_rank=4" in capfd.readouterr().err
     assert main(["check", *command(experiment, "checked")[1:]]) == 0
     assert "diffusers" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("experiment", ["sd15_faceid", "sd15_faceid_plus_v2"])
+def test_from_the_cache_it_is_the_same_run(experiment, command, tmp_path):
+    """Also where pictures are mirrored, and with them the prompt that is cut from them, but no embedding."""
+    options = ["data.flip_rate=0.5", "trainer.max_steps=4"]
+    assert main(command(experiment, "online", *options)) == 0
+    overrides = [o for o in command(experiment, "unused")[1:] if not o.startswith("run.")]
+    assert main(["data", "encode", *overrides, "--out", str(tmp_path / "cache"), "--flip"]) == 0
+    assert main(command(experiment, "cached", *options, f"data.shards={tmp_path / 'cache'}")) == 0
+    online, cached = loss_curve(tmp_path / "online"), loss_curve(tmp_path / "cached")
+    assert online.keys() == cached.keys() == set(range(1, 5))
+    assert [float(loss) for loss in cached.values()] == pytest.approx([*map(float, online.values())], rel=2e-3)
