@@ -104,16 +104,5 @@ def describe(state: Mapping[str, Tensor], *, source: str) -> AdapterDescription:
 
 
 def describe_adapter(adapter: IPAdapter, sites: Sequence[AttentionSite]) -> AdapterDescription:
-    """Describe an adapter of this run, as its export will be.
-
-    Raises:
-        ExportError: its projector and this base are not in one file together.
-    """
-    state = to_interchange(adapter, sites)
-    try:
-        return describe(state, source="this run")
-    except ExportError as error:
-        raise ExportError(
-            f"adapter: no layout of adapter files has a {adapter.projector.variant} projector for this base: choose "
-            "adapter=linear for Flux, adapter=sd3 for SD 3, or any other than sd3 for bases with a UNet."
-        ) from error
+    """Describe an adapter of this run, as its export will be."""
+    return describe(to_interchange(adapter, sites), source="this run")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ipa_train.adapter import FaceProjector, IPAdapter, LinearProjector, MLPProjector, Resampler, TimeResampler
+from ipa_train.adapter import FaceProjector, LinearProjector, MLPProjector, Resampler
 from ipa_train.errors import ExportError
-from ipa_train.export import describe, describe_adapter, loadability, require_loadable, to_interchange
+from ipa_train.export import describe, loadability, require_loadable, to_interchange
 from ipa_train.export.description import AdapterDescription
 from ipa_train.export.layouts import projector_names
 
@@ -148,15 +148,3 @@ def test_what_diffusers_cannot_load_is_refused():
     require_loadable(of_size(), source="here")
     with pytest.raises(ExportError, match=r"^here: diffusers would not load this adapter: .* 4 tokens only, not 8"):
         require_loadable(of_size("linear", tokens=8), source="here")
-
-
-@pytest.mark.parametrize(
-    ("family", "projector"),
-    [("flux", Resampler), ("flux", MLPProjector), ("flux", FaceProjector), ("sd15", TimeResampler)],
-)
-def test_a_projector_that_goes_with_no_file_of_this_base_is_refused_before_it_is_trained(family, projector, request):
-    base = request.getfixturevalue({"sd15": "base"}.get(family, family))
-    sites = base.attention_sites()
-    adapter = IPAdapter(projector=projector(feature_dim=8, context_dim=base.context_dim), sites=sites)
-    with pytest.raises(ExportError, match=f"has a {projector.variant} projector for this base: choose adapter=linear"):
-        describe_adapter(adapter, sites)
