@@ -35,11 +35,11 @@ class PackTask:
 
 
 class _LeftOutError(Exception):
-    """A sample that cannot be packed: what kind of failure, and a word on it."""
+    """A sample that cannot be packed: what kind of failure, a word on it, and the file, if not the sample's picture."""
 
-    def __init__(self, kind: str, why: str = "") -> None:
-        super().__init__(kind, why)
-        self.kind, self.why = kind, why
+    def __init__(self, kind: str, why: str = "", path: Path | None = None) -> None:
+        super().__init__(kind, why, path)
+        self.kind, self.why, self.path = kind, why, path
 
 
 def pack_shard(task: PackTask, *, max_pixels: int) -> None:
@@ -57,7 +57,7 @@ def pack_shard(task: PackTask, *, max_pixels: int) -> None:
                     raise _LeftOutError(REPEATED)
                 members, facts = _read_sample(entry, max_pixels)
             except _LeftOutError as error:
-                name = os.fsencode(entry.path(entry.image or b"")).decode(errors="replace")
+                name = os.fsencode(error.path or entry.path(entry.image or b"")).decode(errors="replace")
                 writer.leave_out(key, f"{error.kind}: {name}{error.why and f': {error.why}'}")
                 continue
             rows.append({**json.loads(entry.columns), "key": key, **facts, "status": "success"})
@@ -115,10 +115,10 @@ def _read_picture(path: Path, kind: str) -> tuple[str, bytes]:
     """Suffix and bytes."""
     suffix = path.suffix[1:].lower()
     if suffix not in IMAGE_SUFFIXES:
-        raise _LeftOutError(f"{kind} of other kinds than " + "/".join(IMAGE_SUFFIXES))
+        raise _LeftOutError(f"{kind} of other kinds than " + "/".join(IMAGE_SUFFIXES), path=path)
     data = _read(path, f"missing or unreadable {kind}")
     if len(data) > MAX_MEMBER_BYTES:
-        raise _LeftOutError(f"{kind} too large for training", f"above {MAX_MEMBER_BYTES} bytes")
+        raise _LeftOutError(f"{kind} too large for training", f"above {MAX_MEMBER_BYTES} bytes", path)
     return suffix, data
 
 
@@ -127,9 +127,9 @@ def _read(path: Path, kind: str) -> bytes:
         with path.open("rb") as file:
             return file.read(MAX_MEMBER_BYTES + 1)
     except OSError as error:
-        raise _LeftOutError(kind, str(error.strerror)) from error
+        raise _LeftOutError(kind, str(error.strerror), path) from error
     except ValueError as error:  # a zero byte in the name
-        raise _LeftOutError(kind, str(error)) from error
+        raise _LeftOutError(kind, str(error), path) from error
 
 
 def _as_table(rows: list[dict[str, Any]]) -> pa.Table:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ipa_train.data.scan import Content, Extra
@@ -30,9 +30,9 @@ class ShardEntry:
     """Of the pictures whose size can be read, in pixels; 0 if there are none."""
     max_short_side: int
     rows_sha256: str
-    extras: list[Extra] = field(default_factory=list)
+    extras: list[Extra]
     """What each row places besides; samples without it are incomplete."""
-    found_extras: list[Extra] = field(default_factory=list)
+    found_extras: list[Extra]
     """What any of the samples holds besides."""
 
 
