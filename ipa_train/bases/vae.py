@@ -88,7 +88,7 @@ class FrozenVAE(nn.Module):
     @torch.no_grad()
     def encode(self, pixels: UInt8[Tensor, "b c h w"]) -> LatentPosterior:
         """Encode RGB 0..255 into the fp32 posterior, shifted and scaled as the denoiser is trained on."""
-        posterior = self.model.encode(pixels.to(self.dtype) / 127.5 - 1.0).latent_dist
+        posterior = self.model.encode((pixels / 127.5 - 1.0).to(self.dtype)).latent_dist
         mean = (posterior.mean.float() - self._shift) * self._scaling
         return LatentPosterior(mean, posterior.std.float() * self._scaling)
 
