@@ -60,7 +60,7 @@ class Base(nn.Module, ABC):
     """``_class_name`` in the ``model_index.json`` of its folders."""
     prediction_type: PredictionType
     schedule: NoiseSchedule
-    """How noise was mixed into the latents it was trained on."""
+    """How noise was mixed into the latents it was trained on; an objective may set another, for ``sampler`` too."""
     context_dim: int
     """Width of the image tokens that its attention takes; in UNets that of the text tokens."""
     vae: FrozenVAE

@@ -4,7 +4,7 @@ from typing import Any
 
 from ipa_train.bases.base import Base
 from ipa_train.bases.flux import Flux
-from ipa_train.bases.folders import pipeline_class
+from ipa_train.bases.folders import family_of, pipeline_class
 from ipa_train.bases.sd import StableDiffusion
 from ipa_train.bases.sd3 import StableDiffusion3
 from ipa_train.bases.sdxl import StableDiffusionXL
@@ -21,7 +21,7 @@ def load_base(path: str, **options: Any) -> Base:
     """
     found = pipeline_class(path, revision=options.get("revision"))
     for family in FAMILIES:
-        if family.pipeline_class == found:
+        if family.pipeline_class == family_of(found):
             return family.from_pretrained(path, **options)  # type: ignore[attr-defined]
     known = ", ".join(family.pipeline_class for family in FAMILIES)
     raise ConfigError(f"base.path={path}: a {found} is none of the bases known here: {known}.")

@@ -52,15 +52,18 @@ def require_pipeline_class(path: str, wanted: str, *, revision: str | None = Non
         ConfigError: names the choice that takes it.
     """
     found = pipeline_class(path, revision=revision)
-    if found.startswith(wanted.removesuffix("Pipeline")) and _family(found) == wanted:
+    if family_of(found) == wanted:
         return
-    choice = _CHOICES.get(_family(found))
+    choice = _CHOICES.get(family_of(found))
     advice = f"choose base={choice}" if choice else f"base={_CHOICES[wanted]} needs a {wanted}"
     raise ConfigError(f"base.path={path}: this is a {found}: {advice}.")
 
 
-def _family(name: str) -> str:
-    """The longest family name that a pipeline's begins with: StableDiffusionXLInpaintPipeline is an SDXL."""
+def family_of(name: str) -> str:
+    """Name of the text-to-image pipeline whose models a pipeline of this name holds; empty where it is none of ours.
+
+    The longest that it begins with: StableDiffusionXLInpaintPipeline is an SDXL.
+    """
     stems = {known.removesuffix("Pipeline"): known for known in _CHOICES}
     # What follows must begin another word: Flux2Pipeline is no Flux.
     fitting = [stem for stem in stems if re.match(rf"{stem}[A-Z]", name)]

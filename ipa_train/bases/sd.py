@@ -9,7 +9,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ipa_train.bases.base import TextConditioning
 from ipa_train.bases.folders import loading, require_pipeline_class
-from ipa_train.bases.unet import UNetBase
+from ipa_train.bases.unet import UNetBase, ddim_scheduler
 from ipa_train.bases.vae import FrozenVAE
 from ipa_train.runtime.precision import to_dtype
 
@@ -69,7 +69,7 @@ class StableDiffusion(UNetBase):
                 vae=cls.load_vae(path, dtype=dtype, vae_dtype=vae_dtype, **where),
                 text_encoder=CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=precision, **where),
                 tokenizer=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", revision=revision),
-                scheduler=DDIMScheduler.from_pretrained(path, subfolder="scheduler", revision=revision),
+                scheduler=ddim_scheduler(path, revision=revision),
                 path=str(path),
                 gradient_checkpointing=gradient_checkpointing,
             )
@@ -93,7 +93,7 @@ class StableDiffusion(UNetBase):
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=self.unet,
-            scheduler=DDIMScheduler.from_config(self.scheduler.config),
+            scheduler=self.ddim(),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ipa_train.bases.base import MicroConditioning, TextConditioning
 from ipa_train.bases.folders import loading, require_pipeline_class
-from ipa_train.bases.unet import UNetBase
+from ipa_train.bases.unet import UNetBase, ddim_scheduler
 from ipa_train.bases.vae import FrozenVAE
+from ipa_train.errors import ConfigError
 from ipa_train.runtime.precision import to_dtype
 
 
@@ -85,7 +86,7 @@ class StableDiffusionXL(UNetBase):
                     path, subfolder="text_encoder_2", dtype=precision, **where
                 ),
                 tokenizer_2=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer_2", revision=revision),
-                scheduler=DDIMScheduler.from_pretrained(path, subfolder="scheduler", revision=revision),
+                scheduler=ddim_scheduler(path, revision=revision),
                 zero_null_text=index.get("force_zeros_for_empty_prompt", True),
                 path=str(path),
                 gradient_checkpointing=gradient_checkpointing,
@@ -103,9 +104,23 @@ class StableDiffusionXL(UNetBase):
         variant: str | None = None,
         **_: Any,
     ) -> FrozenVAE:
-        """Load the autoencoder alone, by the options of ``from_pretrained``."""
+        """Load the autoencoder alone, by the options of ``from_pretrained``.
+
+        Raises:
+            ConfigError: nothing there to load, or at ``vae_path`` the VAE of another family.
+        """
         if vae_path is not None:
-            return FrozenVAE.from_pretrained(vae_path, alone=True, dtype=vae_dtype or dtype)
+            vae = FrozenVAE.from_pretrained(vae_path, alone=True, dtype=vae_dtype or dtype)
+            with loading(path):
+                own = AutoencoderKL.load_config(path, subfolder="vae", revision=revision)
+            for name in ("latent_channels", "scaling_factor"):
+                found = vae.model.config[name]
+                if found != (wanted := own.get(name, found)):
+                    raise ConfigError(
+                        f"base.vae_path={vae_path}: its {name} is {found}, and that of the base's own VAE {wanted}: "
+                        "give one that makes the same latents."
+                    )
+            return vae
         return FrozenVAE.from_pretrained(path, dtype=vae_dtype or "float32", revision=revision, variant=variant)
 
     @torch.no_grad()
@@ -156,7 +171,7 @@ class StableDiffusionXL(UNetBase):
             text_encoder_2=self.text_encoder_2,
             tokenizer_2=self.tokenizer_2,
             unet=self.unet,
-            scheduler=DDIMScheduler.from_config(self.scheduler.config),
+            scheduler=self.ddim(),
             force_zeros_for_empty_prompt=self.zero_null_text,
             add_watermarker=False,
         )

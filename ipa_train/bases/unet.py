@@ -18,6 +18,21 @@ from ipa_train.diffusion.schedule import VariancePreserving
 from ipa_train.errors import ConfigError
 
 
+def ddim_scheduler(path: str, *, revision: str | None = None) -> DDIMScheduler:
+    """The noise schedule of a folder or hub id, whichever scheduler that names.
+
+    Raises:
+        ConfigError: one of another kind of noise (EDM, flow matching), which DDIM would take for its own defaults.
+    """
+    config = DDIMScheduler.load_config(path, subfolder="scheduler", revision=revision)
+    if "beta_start" not in config:
+        raise ConfigError(
+            f"base.path={path}: its scheduler is a {config.get('_class_name')}, whose noise is not that of "
+            "Stable Diffusion (no beta_start): no adapter can be trained on it."
+        )
+    return cast(DDIMScheduler, DDIMScheduler.from_config(config))
+
+
 def unet_attention_sites(unet: UNet2DConditionModel) -> list[AttentionSite]:
     """The text cross-attentions of a UNet, in the order of interchange files.
 
@@ -50,6 +65,8 @@ def _attentions(unet: UNet2DConditionModel) -> Iterator[tuple[int, str, Any]]:
 class UNetBase(Base):
     """A frozen UNet under text cross-attention: epsilon or v-prediction over DDPM's noise schedule."""
 
+    schedule: VariancePreserving
+
     def __init__(
         self,
         *,
@@ -72,6 +89,9 @@ class UNetBase(Base):
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self.prediction_type = scheduler.config.prediction_type
+        if self.prediction_type not in VariancePreserving.prediction_types:
+            known = " and ".join(VariancePreserving.prediction_types)
+            raise ConfigError(f"base.path={path}: its scheduler predicts {self.prediction_type}; known are {known}.")
         self.schedule = VariancePreserving(scheduler.alphas_cumprod)
         self.context_dim = unet.config.cross_attention_dim
         self.dtype = unet.dtype
@@ -122,9 +142,16 @@ class UNetBase(Base):
 
     def sampler(self, num_steps: int, latent_size: tuple[int, int]) -> Any:
         """DDIM (arXiv 2010.02502), as in the paper."""
-        sampler = DDIMScheduler.from_config(self.scheduler.config)
+        sampler = self.ddim()
         sampler.set_timesteps(num_steps)
         return sampler
+
+    def ddim(self) -> DDIMScheduler:
+        """The folder's scheduler; where an objective made :attr:`schedule` end in noise alone, it starts from there."""
+        options: dict[str, Any] = {}
+        if self.schedule.zero_terminal_snr and not self.scheduler.config.rescale_betas_zero_snr:
+            options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return cast(DDIMScheduler, DDIMScheduler.from_config(self.scheduler.config, **options))
 
     def image_arguments(
         self,

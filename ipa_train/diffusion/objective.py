@@ -18,8 +18,9 @@ class Objective:
     - ``noise_offset``: adds this much of one shared normal number per sample and channel to the noise, so that overall
       brightness is learnt too.
     - ``min_snr_gamma``: weights of arXiv 2303.09556 (5.0 is its value), for epsilon and v.
-    - ``zero_terminal_snr``: the last timestep is noise alone (arXiv 2305.08891), for v: epsilon says nothing there. The
-      sampler must then know of it (``rescale_betas_zero_snr``, trailing timesteps).
+    - ``zero_terminal_snr``: the last timestep is noise alone (arXiv 2305.08891), for v: epsilon says nothing there.
+      Sample grids are then drawn from noise alone; other samplers must be told (``rescale_betas_zero_snr=True``,
+      ``timestep_spacing="trailing"``).
 
     Raises:
         ConfigError: an option out of range, or one that does not go with the base.

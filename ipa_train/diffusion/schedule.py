@@ -46,6 +46,11 @@ class VariancePreserving(NoiseSchedule):
         a = self.alphas_cumprod[timesteps]
         return torch.sqrt(a), torch.sqrt(1.0 - a)
 
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the last timestep is noise alone."""
+        return not self.alphas_cumprod[-1]
+
     def with_zero_terminal_snr(self) -> "VariancePreserving":
         """Rescaled so that the last timestep holds no signal at all (arXiv 2305.08891, algorithm 1)."""
         roots = torch.sqrt(self.alphas_cumprod.double())

@@ -63,6 +63,8 @@ class AdapterTraining(lightning.LightningModule):
                 f"adapter.train_denoiser=true needs base.dtype=float32, got {str(base.dtype).removeprefix('torch.')}: "
                 "the optimizer's small steps would be lost in rounding."
             )
+        if base.dtype == torch.float16:
+            _log.warning("base.dtype=float16: small gradients are lost in its range; bfloat16 keeps them")
         self.strict_loading = False  # checkpoints hold the adapter only
         self.base, self.image_encoder = base, image_encoder
         torch.manual_seed(seed)
@@ -79,6 +81,7 @@ class AdapterTraining(lightning.LightningModule):
             null = image_encoder.null_features(kind, base.null_image(kind))
             self.register_buffer(f"null_features_{i}", null, persistent=False)
         self.objective = objective(base_prediction=base.prediction_type, schedule=base.schedule)
+        base.schedule = self.objective.schedule  # so that sample grids are drawn by what is trained
         self.timesteps, self.dropout = timesteps, dropout
         self.make_optimizer, self.lr_schedule = optimizer, lr_schedule
         self.ema, self.seed = ema, seed

@@ -80,6 +80,11 @@ def test_another_vae_runs_in_the_precision_of_the_unet(tiny_sdxl, tmp_path):
     assert vae.identity() != StableDiffusionXL.load_vae(str(tiny_sdxl[0])).identity()
     with pytest.raises(ConfigError, match=r"base\.vae_path=.*nothing: no such folder"):
         StableDiffusionXL.load_vae(**{**options, "vae_path": str(tmp_path / "nothing")})
+    other = tiny_vae(seed=5)
+    other.register_to_config(scaling_factor=0.5)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"base\.vae_path=.*other: its scaling_factor is 0\.5, and that of the base"):
+        StableDiffusionXL.load_vae(**{**options, "vae_path": str(tmp_path / "other")})
 
 
 def test_sampling_follows_the_noise_schedule_without_clipping(sdxl):
@@ -96,6 +101,14 @@ def test_folders_of_other_families_are_refused_both_ways(tiny_sdxl, tiny_models)
     with pytest.raises(ConfigError, match=r"this is a StableDiffusionPipeline: choose base=sd15"):
         StableDiffusionXL.from_pretrained(str(tiny_models[0]))
     assert isinstance(load_base(str(tiny_sdxl[0])), StableDiffusionXL)
+
+
+def test_other_pipelines_of_the_family_hold_the_same_models(tiny_sdxl, tmp_path):
+    folder = shutil.copytree(tiny_sdxl[0], tmp_path / "sdxl")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLImg2ImgPipeline"}))
+    for load in (StableDiffusionXL.from_pretrained, load_base):
+        assert isinstance(load(str(folder)), StableDiffusionXL)
 
 
 def test_a_unet_for_inpainting_is_refused(tiny_sdxl, tmp_path):

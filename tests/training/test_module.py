@@ -1,11 +1,15 @@
 """The training step: what it sees is what inference will see, and only the adapter learns."""
 
+from functools import partial
+
 import lightning
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from ipa_train.bases import StableDiffusion
 from ipa_train.conditioning import ConditionDropout
+from ipa_train.diffusion import Objective
 from tests.training.conftest import make_batch
 
 
@@ -70,8 +74,6 @@ def test_only_the_adapter_learns_and_is_saved(make_module):
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_bf16_base_with_fp32_masters_follows_fp32(make_module, tiny_models, gradient_checkpointing):
-    from ipa_train.bases import StableDiffusion
-
     exact = make_module()
     exact.training_step(make_batch(range(4)), 0).backward()
     bf16 = StableDiffusion.from_pretrained(str(tiny_models[0]), gradient_checkpointing=gradient_checkpointing)
@@ -80,3 +82,16 @@ def test_bf16_base_with_fp32_masters_follows_fp32(make_module, tiny_models, grad
     assert {p.dtype for p in module.adapter.parameters()} == {torch.float32}
     flat, flat_exact = (torch.cat([g.flatten() for g in gradients(m)]) for m in (module, exact))
     assert torch.nn.functional.cosine_similarity(flat, flat_exact, dim=0) > 0.99
+
+
+def test_sample_grids_follow_an_objective_that_changes_the_schedule(make_module, tiny_sd21):
+    """The denoiser must meet each timestep at the noise it is trained with, and begin at noise alone."""
+    for zero in (True, False):
+        base = StableDiffusion.from_pretrained(str(tiny_sd21[0]))
+        module = make_module(base=base, objective=partial(Objective, zero_terminal_snr=zero))
+        for sampler in (base.sampler(5, (4, 4)), base.pipeline().scheduler):
+            torch.testing.assert_close(
+                sampler.alphas_cumprod, module.objective.schedule.alphas_cumprod, rtol=1e-3, atol=1e-6
+            )
+            sampler.set_timesteps(5)
+            assert (sampler.timesteps[0] == 999) == zero

@@ -89,3 +89,9 @@ def test_a_denoiser_is_not_trained_in_bf16(make_module, tiny_models):
     base = StableDiffusion.from_pretrained(str(tiny_models[0]), dtype="bfloat16")
     with pytest.raises(ConfigError, match=r"train_denoiser=true needs base\.dtype=float32, got bfloat16"):
         make_module(base=base, train_denoiser=True)
+
+
+@pytest.mark.parametrize(("dtype", "warned"), [("float16", True), ("bfloat16", False)])
+def test_a_range_too_small_for_gradients_is_said(make_module, tiny_models, caplog, dtype, warned):
+    make_module(base=StableDiffusion.from_pretrained(str(tiny_models[0]), dtype=dtype))
+    assert ("base.dtype=float16: small gradients are lost" in caplog.text) == warned
