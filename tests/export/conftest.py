@@ -21,10 +21,10 @@ def random_adapter(base, image_encoder, variant, **options):
 
 @pytest.fixture
 def make_adapter(base, image_encoder):
-    """A function from variant to a random adapter, for the tiny SD 1.5 unless for another base; not attached."""
+    """A function from variant to a random adapter for the tiny SD 1.5, not attached."""
 
-    def make(variant, *, for_base=base, **options):
-        return random_adapter(for_base, image_encoder, variant, **options)
+    def make(variant, **options):
+        return random_adapter(base, image_encoder, variant, **options)
 
     return make
 

@@ -23,17 +23,18 @@ from ipa_train.export import to_interchange, write_export
 from ipa_train.export.file import nested
 from ipa_train.export.xlabs import from_xlabs, is_xlabs, to_xlabs
 from tests.eval.test_generate import difference
+from tests.export.conftest import random_adapter
 from tests.export.parity import picture, relative_error
 
 RED = Image.new("RGB", (32, 32), "red")
 
 
 @pytest.fixture
-def exported(flux, make_adapter, tmp_path):
+def exported(flux, image_encoder, tmp_path):
     """A function from a layout to the path of the file of a random adapter in it."""
 
     def write(layout="interchange", seed=5):
-        adapter = randomise(make_adapter("linear", for_base=flux), seed=seed)
+        adapter = randomise(random_adapter(flux, image_encoder, "linear"), seed=seed)
         path = write_export(tmp_path / f"{layout}{seed}", adapter, flux.attention_sites())[0]
         if layout == "xlabs":
             save_file(to_xlabs(load_file(path)), path)
@@ -61,8 +62,8 @@ def draw(pipe, **options):
 
 @pytest.mark.parametrize("layout", ["interchange", "bin", "xlabs"])
 @torch.no_grad()
-def test_tokens_and_denoiser_equal_the_training_graph(layout, flux, tiny_flux, image_encoder, make_adapter, exported):
-    adapter = make_adapter("linear", for_base=flux)
+def test_tokens_and_denoiser_equal_the_training_graph(layout, flux, tiny_flux, image_encoder, exported):
+    adapter = random_adapter(flux, image_encoder, "linear")
     pipe = load(FluxPipeline.from_pretrained(tiny_flux[0]), [exported(layout)], tiny_flux[1])
 
     images = [picture(1)[0], torch.zeros(1, 3, 32, 32, dtype=torch.uint8)]
@@ -123,13 +124,10 @@ def test_sixteen_tokens_as_in_xlabs_second_version():
 
 @pytest.mark.parametrize(("guidance", "guidance_scale"), [(None, 1.0), (3.5, 1.0), (None, 4.0)])
 @torch.no_grad()
-def test_pictures_during_training_are_those_of_the_export(
-    guidance, guidance_scale, tiny_flux, image_encoder, make_adapter, exported
-):
+def test_pictures_during_training_are_those_of_the_export(guidance, guidance_scale, tiny_flux, image_encoder, exported):
     base = Flux.from_pretrained(str(tiny_flux[0]), dtype="float32", max_t5_tokens=32, guidance=guidance)
-    adapter = make_adapter("linear", for_base=base).attach(base.attention_sites())
-    pixels, image = picture(3)
-    features = image_encoder.encode(pixels, "pooled")
+    adapter = random_adapter(base, image_encoder, "linear").attach(base.attention_sites())
+    features = image_encoder.encode(picture(3)[0], "pooled")
     null = image_encoder.null_features("pooled", base.null_image("pooled"))
     (own,) = generate(
         base,
@@ -145,7 +143,7 @@ def test_pictures_during_training_are_those_of_the_export(
     pipe = load(base.pipeline(), [exported()], tiny_flux[1])
     options = {"true_cfg_scale": guidance_scale, "negative_prompt": ""} if guidance_scale > 1 else {}
     options |= {"width": 96, "num_inference_steps": 3, "guidance_scale": base.guidance, "output_type": "pil"}
-    (theirs,) = draw(pipe, ip_adapter_image=image, **options)
+    (theirs,) = draw(pipe, ip_adapter_image=picture(3)[1], **options)
     assert difference(own, theirs) <= 1
 
 
