@@ -56,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(f"{path}  {path.stat().st_size / 1e6:.1f} MB\n")
     for verdict in loadability(description, image_encoder_of(metadata)):
         sys.stdout.write(f"{verdict.loader}: {verdict}\n")
-    if description.family == "unet" and (account := image_encoder_of(metadata)):
-        lines = paste_lines(account, description.feature_kinds[0], shortcut=metadata.get("shortcut") == "true")
+    if account := image_encoder_of(metadata):
+        kind, shortcut = description.feature_kinds[0], metadata.get("shortcut") == "true"
+        lines = paste_lines(account, kind, family=description.family, shortcut=shortcut)
         sys.stdout.write(f"\nHow to use it in diffusers:\n\n{lines}" if lines else "")
     return 0
 

@@ -120,7 +120,13 @@ def load_pipeline(
     state, metadata = read_adapter_file(adapter_file)
     adapter = describe(state, source=source)
     require_loadable(adapter, source=source)
-    encoder = _image_encoder(adapter, image_encoder_of(metadata), image_encoder, subfolder=subfolder, dtype=dtype)
+    said = image_encoder_of(metadata)
+    if not said.get("embedding"):
+        # Face adapters read vectors of unit length, but for one that was released with this in its name.
+        normalize = adapter.variant.startswith("faceid") and "unnorm" not in adapter_file.name
+        name = said.get("name", "arcface")
+        said |= {"embedding": {"name": name, "shape": [adapter.feature_dim], "normalize": normalize}}
+    encoder = _image_encoder(adapter, said, image_encoder, subfolder=subfolder, dtype=dtype)
     for kind, dim in zip(adapter.feature_kinds, (adapter.feature_dim, adapter.hidden_dim), strict=False):
         if encoder.feature_dim(kind) != dim:
             raise ConfigError(
@@ -166,10 +172,10 @@ def _image_encoder(
     """The encoder that the adapter's kind and the account in its file ask for."""
     usual = {"faceid": "StoredEmbeddings", "faceid_plus": "FaceImageEncoder", "time_resampler": "SiglipImageEncoder"}
     name = said.get("encoder", usual.get(adapter.variant, "CLIPImageEncoder"))
-    stored = said.get("embedding") or {"name": said.get("name", "arcface"), "shape": [adapter.feature_dim]}
-    embedding = {"dim": stored["shape"][-1], "name": stored["name"], "normalize": stored.get("normalize", False)}
+    *tokens, dim = said["embedding"]["shape"]
+    embedding = {"dim": dim, "name": said["embedding"]["name"], "normalize": said["embedding"]["normalize"]}
     if name == "StoredEmbeddings":
-        return StoredEmbeddings(**embedding, num_tokens=stored["shape"][0] if len(stored["shape"]) > 1 else None)
+        return StoredEmbeddings(**embedding, num_tokens=tokens[0] if tokens else None)
     if name == "FaceImageEncoder":
         return FaceImageEncoder.from_pretrained(path, subfolder=subfolder, dtype=dtype, **embedding)
     if name not in _ENCODERS:

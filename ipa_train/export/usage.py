@@ -6,6 +6,7 @@ from typing import Any
 
 from ipa_train.adapter.projector import FeatureKind
 from ipa_train.errors import ExportError, did_you_mean
+from ipa_train.export.recognise import Family
 
 # Of each encoder, the entries of its identity that are arguments too.
 _OPTIONS = {
@@ -23,24 +24,55 @@ embeddings = torch.from_numpy(numpy.load("embedding.npy"))[None]
 """
 _FEATURES = """\
 features = encoder.encode({picture}, "{kind}", embeddings={embeddings})
+"""
+_NULL: dict[Family, str] = {
+    "unet": """\
 # "No image" comes first; with guidance_scale <= 1 give both[1:] alone.
 both = torch.cat([encoder.null_features("{kind}"), features])[:, None]
-"""
-_LOAD = """\
+""",
+    "sd3": """\
+# "No image" comes first; with guidance_scale <= 1 give both[1:] alone.
+both = torch.cat([encoder.null_features("{kind}", "zero_features"), features])
+""",
+    "flux": """\
+null = encoder.null_features("{kind}", "black_image")
+""",
+}
+_UNET_LOAD = """\
 pipe.load_ip_adapter(".", subfolder="", weight_name="ip_adapter.safetensors", image_encoder_folder=None)
 """
+_LOAD: dict[Family, str] = {
+    "unet": _UNET_LOAD,
+    "sd3": _UNET_LOAD,
+    "flux": """\
+pipe.load_ip_adapter(
+    ".", weight_name="ip_adapter.safetensors", image_encoder_pretrained_model_name_or_path=None
+)
+""",
+}
 _LOOKS = """\
 looks = torch.cat([encoder.null_features("penultimate"), encoder.encode(picture, "penultimate")])[:, None]
 projection = pipe.unet.encoder_hid_proj.image_projection_layers[0]
 projection.clip_embeds, projection.shortcut = looks.to(pipe.device, pipe.dtype), {shortcut}
 """
-_DRAW = """\
+_DRAW: dict[Family, str] = {
+    "unet": """\
 image = pipe("a caption", ip_adapter_image_embeds=[both.to(pipe.device, pipe.dtype)]).images[0]
-"""
+""",
+    "sd3": """\
+image = pipe("a caption", ip_adapter_image_embeds=both.to(pipe.device, pipe.dtype)).images[0]
+""",
+    "flux": """\
+features, null = (x[None].to(pipe.device, pipe.dtype) for x in (features, null))
+image = pipe("a caption", ip_adapter_image_embeds=[features], negative_ip_adapter_image_embeds=[null]).images[0]
+""",
+}
 
 
-def paste_lines(identity: Mapping[str, Any], kind: FeatureKind, *, shortcut: bool = False) -> str:
-    """Python that draws with a diffusers pipeline ``pipe`` of a UNet base; "" if its loader holds the encoder itself.
+def paste_lines(
+    identity: Mapping[str, Any], kind: FeatureKind, *, family: Family = "unet", shortcut: bool = False
+) -> str:
+    """Python that draws with a diffusers pipeline ``pipe`` of the family; "" if its loader holds the encoder itself.
 
     ``identity`` is that of the encoder (``ImageEncoder.identity()``), ``kind`` that of the features which the adapter
     reads; a FaceID-Plus adapter reads both, whatever is said, and
@@ -50,7 +82,7 @@ def paste_lines(identity: Mapping[str, Any], kind: FeatureKind, *, shortcut: boo
     Raises:
         ExportError: the identity is not of an encoder that this version has.
     """
-    if "unet" in identity.get("diffusers_loader", ("unet",)):  # files that do not say were made with CLIP
+    if family in identity.get("diffusers_loader", (family,)):  # files that do not say were made with CLIP
         return ""
     encoder, embedding = str(identity.get("encoder")), identity.get("embedding")
     if encoder not in _OPTIONS:
@@ -63,15 +95,15 @@ def paste_lines(identity: Mapping[str, Any], kind: FeatureKind, *, shortcut: boo
     lines += [_PICTURE] if looks_at_pictures else []
     lines += [_EMBEDDING] if reads_stored else []
     lines += [
-        _FEATURES.format(
+        (_FEATURES + _NULL[family]).format(
             kind="pooled" if face else kind,
             picture="picture" if looks_at_pictures else "None",
             embeddings="embeddings" if reads_stored else "None",
         ),
-        _LOAD,
+        _LOAD[family],
     ]
     lines += [_LOOKS.format(shortcut=shortcut)] if face else []
-    return "".join([*lines, _DRAW])
+    return "".join([*lines, _DRAW[family]])
 
 
 def _constructor(identity: Mapping[str, Any], encoder: str) -> str:

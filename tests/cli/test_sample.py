@@ -195,6 +195,17 @@ def test_what_does_not_fit_is_refused(words, message, sample, folders, capfd):
     assert re.search(message, line)
 
 
+@pytest.mark.parametrize(
+    ("account", "same"), [({}, True), ({"image_encoder": StoredEmbeddings(dim=8, normalize=False).identity()}, False)]
+)
+def test_faces_are_of_unit_length_unless_the_file_says_otherwise(account, same, sample, folders, tmp_path):
+    np.save(tmp_path / "0.npy", 3 * np.load(folders / "0.npy"))
+    sizes = {"metadata": account, "feature_dim": 8}
+    one = sample("sd15", FaceProjector, "--embedding", folders / "0.npy", **sizes)
+    three = sample("sd15", FaceProjector, "--embedding", tmp_path / "0.npy", out="three", **sizes)
+    assert differ(one, three) != same
+
+
 def test_an_embedding_that_is_not_finite_is_refused(sample, folders, tmp_path, capfd):
     np.save(tmp_path / "nan.npy", np.full(8, np.nan, np.float32))
     assert sample("sd15", FaceProjector, "--embedding", tmp_path / "nan.npy", feature_dim=8) == {}

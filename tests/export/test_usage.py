@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
 
-from ipa_train.adapter import IPAdapter, LinearProjector, Resampler
-from ipa_train.bases.tiny import randomise, tiny_image_encoder
+from ipa_train.adapter import IPAdapter, LinearProjector, Resampler, TimeResampler
+from ipa_train.bases import load_base
+from ipa_train.bases.tiny import randomise, tiny_image_encoder, tiny_pipeline
 from ipa_train.bases.tiny_encoders import tiny_dino, tiny_siglip
 from ipa_train.conditioning import (
     CLIPImageEncoder,
@@ -35,8 +36,9 @@ def run_lines(tiny_models, tmp_path, monkeypatch):
     np.save(tmp_path / "embedding.npy", np.linspace(-1, 1, 8, dtype=np.float16))
     monkeypatch.chdir(tmp_path)
 
-    def run(lines):
-        pipe = StableDiffusionPipeline.from_pretrained(tiny_models[0], safety_checker=None)
+    def run(lines, folder=tiny_models[0]):
+        pipe = DiffusionPipeline.from_pretrained(folder)
+        pipe.default_sample_size = 8
         pipe.set_progress_bar_config(disable=True)
         defined = {"pipe": pipe}
         exec(compile(lines, "paste_lines", "exec"), defined)
@@ -89,6 +91,28 @@ def test_lines_give_the_tokens_of_training(name, projector, encoders, base, run_
     own = adapter(torch.cat([encoder.null_features(kind), features])).states
     (theirs,) = defined["pipe"].unet.encoder_hid_proj([defined["both"]])
     assert ((own - theirs[:, 0]).norm() / own.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "projector"),
+    [("flux", "dino", LinearProjector), ("flux", "stored", LinearProjector), ("sd3", "dino", TimeResampler)],
+)
+@torch.no_grad()
+def test_lines_for_transformers_give_what_training_gives_them(family, name, projector, encoders, run_lines, tmp_path):
+    tiny_pipeline(family).save_pretrained(tmp_path / "base")
+    base, encoder, kind = load_base(str(tmp_path / "base"), dtype="float32"), encoders[name], projector.feature_kinds[0]
+    write_export(tmp_path, make_adapter(base, projector, encoder.feature_dim(kind)), base.attention_sites())
+    defined = run_lines(paste_lines(encoder.identity(), kind, family=family), tmp_path / "base")
+
+    pixels = torch.from_numpy(PIXELS).permute(2, 0, 1)[None]
+    features = encoder.encode(pixels, kind, embeddings=torch.from_numpy(np.load("embedding.npy"))[None])
+    null = encoder.null_features(kind, base.null_image(kind))
+    wanted = base.image_arguments(defined["pipe"], [features], [null], guided=True)
+    if family == "sd3":
+        torch.testing.assert_close(defined["both"], wanted["ip_adapter_image_embeds"])
+    else:
+        torch.testing.assert_close(defined["features"], wanted["ip_adapter_image_embeds"][0])
+        torch.testing.assert_close(defined["null"], wanted["negative_ip_adapter_image_embeds"][0])
 
 
 @torch.no_grad()
