@@ -1,5 +1,6 @@
 """An adapter's file in the real diffusers pipeline of its base, whatever the family."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ipa_train.bases import Base, load_base
+from ipa_train.bases.unet import UNetBase
 from ipa_train.conditioning import (
     CLIPImageEncoder,
     DinoImageEncoder,
@@ -141,6 +143,8 @@ def load_pipeline(
             f"{frozen.context_dim}."
         )
     check_sites(adapter, frozen.attention_sites(), source=source)
+    if isinstance(frozen, UNetBase) and _zero_terminal_snr(metadata):
+        frozen.schedule = frozen.schedule.with_zero_terminal_snr()
     pipeline = frozen.pipeline()
     with _quiet():
         # The tensors and not the file's path: they may have come out of a layout that diffusers does not read.
@@ -164,6 +168,14 @@ def _quiet() -> Iterator[None]:
 def _face_projection(pipeline: Any) -> Any:
     (projection,) = pipeline.unet.encoder_hid_proj.image_projection_layers
     return projection
+
+
+def _zero_terminal_snr(metadata: Mapping[str, str]) -> bool:
+    """Whether the adapter was trained to begin with noise alone (``objective.zero_terminal_snr``)."""
+    try:
+        return json.loads(metadata.get("objective", "{}")).get("zero_terminal_snr") is True
+    except (ValueError, AttributeError):  # somebody else's metadata
+        return False
 
 
 def _image_encoder(

@@ -22,7 +22,7 @@ from ipa_train.export import write_export
 def folders(tmp_path_factory):
     """Tiny bases and encoders, and the files a user has: two pictures, two masks, two embeddings."""
     root = tmp_path_factory.mktemp("sample")
-    for family in ("sd15", "sdxl", "sd3", "flux"):
+    for family in ("sd15", "sd21", "sdxl", "sd3", "flux"):
         save_tiny_models(root, family)
     tiny_siglip().save_pretrained(root / "siglip")
     tiny_dino().save_pretrained(root / "dino")
@@ -74,6 +74,14 @@ def test_every_family_follows_the_image_prompt(family, projector, sizes, encoder
     assert (drawn["0-red-0.png"] != drawn["1-blue-0.png"]).any()
     off = sample(family, projector, *images, "--scale", "0", encoder=encoder, out="off", **sizes)
     assert (off["0-red-0.png"] == off["1-blue-0.png"]).all(), "scale 0 is the base model"
+
+
+def test_an_adapter_that_was_trained_from_noise_alone_begins_there(sample, folders):
+    words, sizes = ["--image", folders / "red.png"], {"feature_dim": 24}
+    plain = sample("sd21", LinearProjector, *words, **sizes)
+    objective = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+    rescaled = sample("sd21", LinearProjector, *words, metadata={"objective": objective}, out="rescaled", **sizes)
+    assert differ(plain, rescaled)
 
 
 def test_several_image_prompts_together_and_each_in_its_part(sample, folders):
@@ -223,7 +231,7 @@ def test_an_embedding_that_is_not_finite_is_refused(sample, folders, tmp_path, c
     ],
 )
 def test_what_others_write_into_their_metadata_ends_in_no_traceback(account, sample, folders, tmp_path):
-    metadata = {"image_encoder": account, "shortcut": "yes"}
+    metadata = {"image_encoder": account, "shortcut": "yes", "objective": "[1"}
     words = ["--embedding", folders / "0.npy", "--image", folders / "red.png"]
     sample("sd15", FacePlusProjector, *words, metadata=metadata, lora_rank=4, feature_dim=8, hidden_dim=40)
     sample("sd15", LinearProjector, "--image", folders / "red.png", metadata=metadata, feature_dim=24)
