@@ -38,7 +38,7 @@ def run_lines(tiny_models, tmp_path, monkeypatch):
 
     def run(lines, folder=tiny_models[0]):
         pipe = DiffusionPipeline.from_pretrained(folder)
-        pipe.default_sample_size = 8
+        pipe.default_sample_size = 4
         pipe.set_progress_bar_config(disable=True)
         defined = {"pipe": pipe}
         exec(compile(lines, "paste_lines", "exec"), defined)
