@@ -25,7 +25,7 @@ class FaceProjector(Projector):
     def __init__(self, *, feature_dim: int, context_dim: int, num_tokens: int = 4) -> None:
         super().__init__(feature_dim=feature_dim, context_dim=context_dim)
         if num_tokens < 1:
-            raise ConfigError(f"adapter.num_tokens must be at least 1, got {num_tokens}.")
+            raise ConfigError(f"adapter.projector.num_tokens must be at least 1, got {num_tokens}.")
         self.num_tokens = num_tokens
         self.hidden = nn.Linear(feature_dim, 2 * feature_dim)
         self.proj = nn.Linear(2 * feature_dim, num_tokens * context_dim)

@@ -58,7 +58,7 @@ class LinearProjector(Projector):
     def __init__(self, *, feature_dim: int, context_dim: int, num_tokens: int = 4) -> None:
         super().__init__(feature_dim=feature_dim, context_dim=context_dim)
         if num_tokens < 1:
-            raise ConfigError(f"adapter.num_tokens must be at least 1, got {num_tokens}.")
+            raise ConfigError(f"adapter.projector.num_tokens must be at least 1, got {num_tokens}.")
         self.num_tokens = num_tokens
         self.proj = nn.Linear(feature_dim, num_tokens * context_dim)
         self.norm = nn.LayerNorm(context_dim)
@@ -144,7 +144,7 @@ class Resampler(Projector):
         dim = context_dim if dim is None else dim
         for name, size in (("num_tokens", num_tokens), ("dim", dim), ("heads", heads)):
             if size < 1:
-                raise ConfigError(f"adapter.{name} must be at least 1, got {size}.")
+                raise ConfigError(f"adapter.projector.{name} must be at least 1, got {size}.")
         self.num_tokens = num_tokens
         self.latents = nn.Parameter(torch.randn(1, num_tokens, dim) / dim**0.5)
         self.proj_in = nn.Linear(feature_dim, dim)

@@ -89,6 +89,11 @@ class Base(nn.Module, ABC):
         """Height and width of pictures must be multiples of this, in pixels."""
         return self.vae.stride
 
+    @property
+    def max_size(self) -> int | None:
+        """Height and width of pictures may be at most this, in pixels; None: anything."""
+        return None
+
     def null_image(self, kind: FeatureKind) -> NullImage:
         """What stands for "no image" in this family's diffusers pipelines, and so in training."""
         return "zero_features" if kind == "pooled" else "zero_pixels"

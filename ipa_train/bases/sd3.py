@@ -160,6 +160,11 @@ class StableDiffusion3(Base):
         """Height and width of pictures must be multiples of this: whole patches of latents."""
         return self.vae.stride * int(self.transformer.config.patch_size)
 
+    @property
+    def max_size(self) -> int:
+        """Its table of positions ends there."""
+        return self.size_multiple * int(self.transformer.config.pos_embed_max_size)
+
     def null_image(self, kind: FeatureKind) -> NullImage:
         """Zeros in place of the features, also of hidden states."""
         return "zero_features"

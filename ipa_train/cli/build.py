@@ -29,6 +29,13 @@ def build_module(config: DictConfig) -> AdapterTraining:
     for option in ("resolution", "bucket_step"):
         if (size := config.data.get(option)) and size % base.size_multiple:
             raise ConfigError(f"data.{option}={size} must be a multiple of {base.size_multiple} for this base.")
+    aspect_ratio = config.data.max_aspect_ratio if config.data.get("bucket_step") else 1.0
+    longest = round(config.data.resolution * aspect_ratio**0.5)
+    if base.max_size is not None and longest > base.max_size:
+        raise ConfigError(
+            f"data.resolution={config.data.resolution} gives pictures of up to {longest} pixels a side, and this base "
+            f"takes {base.max_size}: set a lower one."
+        )
     module = AdapterTraining(
         base=base,
         image_encoder=instantiate(config.image_encoder),

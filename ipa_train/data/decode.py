@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
 from numpy import ndarray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ipa_train.errors import ConfigError, DataError
 
@@ -163,6 +163,8 @@ def decode(data: bytes, *, max_pixels: int, min_size: int = 0) -> UInt8[ndarray,
             return _decode_jpeg(data, max_pixels, min_size) if is_jpeg else _decode_other(data, max_pixels)
     except DataError:
         raise
+    except UnidentifiedImageError as error:
+        raise DataError("cannot decode: it is no JPEG, PNG or WebP") from error
     except Exception as error:  # damaged pictures make decoders raise nearly anything, struct.error among them
         raise DataError(
             f"cannot decode: {str(error).splitlines()[0] if str(error) else type(error).__name__}"

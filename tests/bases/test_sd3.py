@@ -14,6 +14,7 @@ from ipa_train.adapter.joint_attention import JointImageAttention
 from ipa_train.bases import StableDiffusion3, load_base
 from ipa_train.bases.sd3 import sd3_attention_sites
 from ipa_train.bases.tiny import tiny_pipeline
+from ipa_train.cli.main import main
 from ipa_train.errors import ConfigError
 from tests.official import SD35_LARGE, SD35_MEDIUM
 
@@ -224,3 +225,12 @@ def test_tokens_know_the_timestep(sd3):
     assert early.states.shape == (2, 8, 64)
     assert not torch.allclose(early.time_embedding, late.time_embedding)
     assert not torch.allclose(early.states, late.states)
+
+
+def test_pictures_larger_than_its_table_of_positions_are_refused_before_a_run(tiny_sd3, tmp_path, capfd):
+    overrides = ["base=sd3", f"base.path={tiny_sd3}", "base.dtype=float32", "base.max_t5_tokens=32", "run.name=x"]
+    overrides += [f"run.path={tmp_path / 'run'}", "data.shards=x", "trainer=cpu"]
+    for options in (["data.resolution=272"], ["data.resolution=240", "data.bucket_step=16"]):
+        assert main(["train", *overrides, *options]) == 2
+        assert "and this base takes 256: set a lower one" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()

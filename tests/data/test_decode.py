@@ -217,7 +217,7 @@ def test_what_is_no_picture_is_an_error(data):
 def test_gif_and_others_are_not_opened():
     buffer = io.BytesIO()
     Image.new("P", (4, 4)).save(buffer, "GIF")
-    with pytest.raises(DataError, match="cannot decode"):
+    with pytest.raises(DataError, match="cannot decode: it is no JPEG, PNG or WebP"):
         decode_image(buffer.getvalue(), max_pixels=100)
 
 
