@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
             _save(image, args.out / f"{row[0]}-{paths[row[0]].stem}-{args.seed + i}.png")
         drawn.append([*(ImageOps.fit(pictures[i], images[0].size) for i in row if pictures), *images])
     at = "" if args.scale is None else f" at scale {args.scale}"
-    label = f"image prompt, then {args.prompt!r}{at}"
+    label = f"image prompt, then {repr(args.prompt) if args.prompt else 'no text'}{at}"
     _save(grid(drawn, [label] * len(drawn), cell=min(drawn[0][-1].width, 256)), args.out / "grid.png")
     sys.stdout.write(f"{len(drawn) * args.num} pictures and grid.png in {args.out}\n")
     return 0
