@@ -18,6 +18,7 @@ from ipa_train.adapter.sites import AttentionSite
 from ipa_train.adapter.tokens import ImageTokens
 from ipa_train.bases.base import Base, MicroConditioning, TextConditioning
 from ipa_train.bases.folders import loading, require_pipeline_class
+from ipa_train.bases.tokens import token_ids
 from ipa_train.bases.vae import FrozenVAE
 from ipa_train.diffusion.schedule import RectifiedFlow
 from ipa_train.errors import ConfigError
@@ -171,13 +172,9 @@ class Flux(Base):
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextConditioning:
         """T5's last hidden states as the context, padding included as in the pipeline, and CLIP's pooled caption."""
-        tokenizers = (self.tokenizer, self.tokenizer.model_max_length), (self.tokenizer_2, self.max_t5_tokens)
-        clip, t5 = (
-            tokenizer(
-                list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-            ).input_ids.to(self.transformer.device)
-            for tokenizer, length in tokenizers
-        )
+        device = self.transformer.device
+        clip = token_ids(self.tokenizer, captions, device=device)
+        t5 = token_ids(self.tokenizer_2, captions, device=device, length=self.max_t5_tokens)
         return TextConditioning(self.text_encoder_2(t5)[0], self.text_encoder(clip).pooler_output)
 
     def attention_sites(self) -> list[AttentionSite]:

@@ -9,6 +9,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ipa_train.bases.base import TextConditioning
 from ipa_train.bases.folders import loading, require_pipeline_class
+from ipa_train.bases.tokens import token_ids
 from ipa_train.bases.unet import UNetBase, ddim_scheduler
 from ipa_train.bases.vae import FrozenVAE
 from ipa_train.runtime.precision import to_dtype
@@ -77,14 +78,8 @@ class StableDiffusion(UNetBase):
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextConditioning:
         """Tokenise to the encoder's full length and return its last hidden states."""
-        tokens = self.tokenizer(
-            list(captions),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return TextConditioning(self.text_encoder(tokens.input_ids.to(self.text_encoder.device))[0])
+        tokens = token_ids(self.tokenizer, captions, device=self.text_encoder.device)
+        return TextConditioning(self.text_encoder(tokens)[0])
 
     def pipeline(self) -> StableDiffusionPipeline:
         """A diffusers pipeline on these very weights."""

@@ -24,6 +24,7 @@ from ipa_train.adapter.sites import AttentionSite
 from ipa_train.adapter.tokens import ImageTokens
 from ipa_train.bases.base import Base, MicroConditioning, TextConditioning
 from ipa_train.bases.folders import loading, require_pipeline_class
+from ipa_train.bases.tokens import token_ids
 from ipa_train.bases.vae import FrozenVAE
 from ipa_train.diffusion.schedule import RectifiedFlow
 from ipa_train.errors import ConfigError
@@ -202,9 +203,8 @@ class StableDiffusion3(Base):
         self, encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, captions: list[str]
     ) -> tuple[Tensor, Tensor]:
         """Hidden states before the last layer, and the projected vector of each caption."""
-        length = self.tokenizer.model_max_length
-        tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        output = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
+        tokens = token_ids(tokenizer, captions, device=encoder.device, length=self.tokenizer.model_max_length)
+        output = encoder(tokens, output_hidden_states=True)
         return output.hidden_states[-2], output.text_embeds
 
     def _t5(self, captions: list[str]) -> Tensor:
@@ -212,10 +212,8 @@ class StableDiffusion3(Base):
         if self.text_encoder_3 is None:
             shape = (len(captions), length, self.transformer.config.joint_attention_dim)
             return torch.zeros(shape, device=device, dtype=self.text_encoder.dtype)
-        tokens = self.tokenizer_3(
-            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        return cast(Tensor, self.text_encoder_3(tokens.input_ids.to(device))[0])
+        tokens = token_ids(self.tokenizer_3, captions, device=device, length=length)
+        return cast(Tensor, self.text_encoder_3(tokens)[0])
 
     def attention_sites(self) -> list[AttentionSite]:
         """All attentions, in the order of interchange files."""

@@ -11,6 +11,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from ipa_train.bases.base import MicroConditioning, TextConditioning
 from ipa_train.bases.folders import loading, require_pipeline_class
+from ipa_train.bases.tokens import token_ids
 from ipa_train.bases.unet import UNetBase, ddim_scheduler
 from ipa_train.bases.vae import FrozenVAE
 from ipa_train.errors import ConfigError
@@ -128,14 +129,8 @@ class StableDiffusionXL(UNetBase):
         """Both encoders' states before their last layer, side by side, and the second one's pooled projection."""
         states = []
         for tokenizer, encoder in ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)):
-            tokens = tokenizer(
-                list(captions),
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            encoded = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
+            tokens = token_ids(tokenizer, captions, device=encoder.device)
+            encoded = encoder(tokens, output_hidden_states=True)
             states.append(encoded.hidden_states[-2])
         return TextConditioning(torch.cat(states, dim=-1), encoded.text_embeds)
 

@@ -28,14 +28,10 @@ from ipa_train.errors import ConfigError
 from ipa_train.export.description import AdapterDescription, describe
 from ipa_train.export.file import face_plus_v2, nested, read_adapter_file
 from ipa_train.export.loadability import require_loadable
+from ipa_train.export.usage import ENCODER_OPTIONS
 from ipa_train.export.warm_start import check_image_encoder, check_sites, image_encoder_of
 
-# By the class that an export names: the encoder, and what of its account is an option too.
-_ENCODERS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "CLIPImageEncoder": (CLIPImageEncoder, ()),
-    "SiglipImageEncoder": (SiglipImageEncoder, ("layer",)),
-    "DinoImageEncoder": (DinoImageEncoder, ("layer", "image_size")),
-}
+_ENCODERS: dict[str, Any] = {kind.__name__: kind for kind in (CLIPImageEncoder, SiglipImageEncoder, DinoImageEncoder)}
 
 
 @dataclass(frozen=True)
@@ -192,7 +188,6 @@ def _image_encoder(
         return FaceImageEncoder.from_pretrained(path, subfolder=subfolder, dtype=dtype, **embedding)
     if name not in _ENCODERS:
         raise ConfigError(f"the adapter reads the image encoder {name}, which this version does not have.")
-    kind, options = _ENCODERS[name]
-    given = {option: said[option] for option in options if option in said}
-    encoder: ImageEncoder = kind.from_pretrained(path, subfolder=subfolder, dtype=dtype, **given)
+    given = {option: said[option] for option in ENCODER_OPTIONS[name] if option in said}
+    encoder: ImageEncoder = _ENCODERS[name].from_pretrained(path, subfolder=subfolder, dtype=dtype, **given)
     return encoder

@@ -47,29 +47,17 @@ def loadability(adapter: AdapterDescription, image_encoder: Mapping[str, Any] | 
     foreign = _foreign_encoder(adapter, image_encoder or {})
     computed = "by ip_adapter_image_embeds" if foreign else ""
     own_features = [f"it encodes pictures with CLIP, and this adapter reads {foreign}"] if foreign else []
-    if adapter.family == "flux":
-        return [
-            Loadability("diffusers", tuple(_diffusers_flux(adapter)), computed),
-            _knows_only("ComfyUI_IPAdapter_plus", adapter),
-            _knows_only("Tencent ip_adapter", adapter),
-            Loadability(
-                "XLabs x-flux", tuple(own_features), "in its own names, which ipa export --layout xlabs writes"
-            ),
-        ]
-    if adapter.family == "instantx_flux":
-        other = ("it knows Flux adapters with one linear projection and biases, not InstantX' kind",)
-        return [
-            Loadability("diffusers", other),
-            _knows_only("ComfyUI_IPAdapter_plus", adapter),
-            _knows_only("Tencent ip_adapter", adapter),
-            Loadability("XLabs x-flux", other),
-        ]
-    if adapter.family == "sd3":
-        return [
-            Loadability("diffusers", tuple(_numbers(adapter, step=1)), computed),
-            _knows_only("ComfyUI_IPAdapter_plus", adapter),
-            _knows_only("Tencent ip_adapter", adapter),
-        ]
+    if adapter.family != "unet":
+        unets = (f"it knows adapters of UNets only, not of {_FAMILY_NAMES[adapter.family]}",)
+        others = [Loadability(loader, unets) for loader in ("ComfyUI_IPAdapter_plus", "Tencent ip_adapter")]
+        if adapter.family == "sd3":
+            return [Loadability("diffusers", tuple(_numbers(adapter, step=1)), computed), *others]
+        if adapter.family == "instantx_flux":
+            other = ("it knows Flux adapters with one linear projection and biases, not InstantX' kind",)
+            return [Loadability("diffusers", other), *others, Loadability("XLabs x-flux", other)]
+        note = "in its own names, which ipa export --layout xlabs writes"
+        xlabs = Loadability("XLabs x-flux", tuple(own_features), note)
+        return [Loadability("diffusers", tuple(_diffusers_flux(adapter)), computed), *others, xlabs]
     numbers, tokens = _numbers(adapter, step=2), _tokens(adapter)
     face_note = _FACE_NOTES.get(adapter.variant, "")
     return [
@@ -89,10 +77,6 @@ def require_loadable(adapter: AdapterDescription, *, source: str) -> None:
     verdict = loadability(adapter)[0]
     if not verdict.ok:
         raise ExportError(f"{source}: diffusers would not load this adapter: {'; '.join(verdict.reasons)}.")
-
-
-def _knows_only(loader: str, adapter: AdapterDescription) -> Loadability:
-    return Loadability(loader, (f"it knows adapters of UNets only, not of {_FAMILY_NAMES[adapter.family]}",))
 
 
 def _foreign_encoder(adapter: AdapterDescription, image_encoder: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from ipa_train.errors import ExportError, did_you_mean
 from ipa_train.export.recognise import Family
 
 # Of each encoder, the entries of its identity that are arguments too.
-_OPTIONS = {
+ENCODER_OPTIONS: dict[str, tuple[str, ...]] = {
     "CLIPImageEncoder": (),
     "SiglipImageEncoder": ("layer",),
     "DinoImageEncoder": ("layer", "image_size"),
@@ -75,9 +75,9 @@ def paste_lines(
     """Python that draws with a diffusers pipeline ``pipe`` of the family; "" if its loader holds the encoder itself.
 
     ``identity`` is that of the encoder (``ImageEncoder.identity()``), ``kind`` that of the features which the adapter
-    reads; a FaceID-Plus adapter reads both, whatever is said, and
-    ``shortcut`` is whether it is of the second version. Run where ``ip_adapter.safetensors`` lies, and
-    ``image_prompt.png`` or ``embedding.npy``; an encoder that was loaded from a folder is named by that folder's name.
+    reads; a FaceID-Plus adapter reads both, whatever is said, and ``shortcut`` is whether it is of the second version.
+    Run where ``ip_adapter.safetensors`` lies, and ``image_prompt.png`` or ``embedding.npy``; an encoder that was loaded
+    from a folder is named by that folder's name.
 
     Raises:
         ExportError: the identity is not of an encoder that this version has.
@@ -85,8 +85,10 @@ def paste_lines(
     if family in identity.get("diffusers_loader", (family,)):  # files that do not say were made with CLIP
         return ""
     encoder, embedding = str(identity.get("encoder")), identity.get("embedding")
-    if encoder not in _OPTIONS:
-        raise ExportError(f"the image encoder {encoder!r} is none of this version.{did_you_mean(encoder, _OPTIONS)}")
+    if encoder not in ENCODER_OPTIONS:
+        raise ExportError(
+            f"the image encoder {encoder!r} is none of this version.{did_you_mean(encoder, ENCODER_OPTIONS)}"
+        )
     face = encoder == "FaceImageEncoder"
     looks_at_pictures, reads_stored = identity["image_size"] is not None, embedding is not None
     lines = ["import numpy\nimport torch\n"]
@@ -107,7 +109,7 @@ def paste_lines(
 
 
 def _constructor(identity: Mapping[str, Any], encoder: str) -> str:
-    options = {name: identity[name] for name in _OPTIONS[encoder]}
+    options = {name: identity[name] for name in ENCODER_OPTIONS[encoder]}
     if (embedding := identity.get("embedding")) is not None:
         *tokens, dim = embedding["shape"]
         options |= {"dim": dim, "name": embedding["name"], "normalize": embedding["normalize"]}
