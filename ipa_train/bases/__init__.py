@@ -7,6 +7,7 @@ from ipa_train.bases.flux import Flux
 from ipa_train.bases.sd import StableDiffusion
 from ipa_train.bases.sd3 import StableDiffusion3
 from ipa_train.bases.sdxl import StableDiffusionXL
+from ipa_train.bases.unet import UNetBase
 from ipa_train.bases.vae import FrozenVAE, LatentPosterior
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "StableDiffusion3",
     "StableDiffusionXL",
     "TextConditioning",
+    "UNetBase",
     "adapter_sites",
     "load_base",
 ]

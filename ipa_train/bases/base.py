@@ -5,7 +5,7 @@ the forward after such state is gone, and then returns wrong gradients without a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -51,6 +51,10 @@ class MicroConditioning:
         """What pipelines say of pictures that they are to make: of this (height, width), and not cropped."""
         sizes = torch.tensor([size] * count, device=device)
         return MicroConditioning(sizes, torch.zeros_like(sizes), sizes)
+
+
+Block = Callable[..., Any]
+"""What runs one of the blocks that a denoiser repeats."""
 
 
 class Base(nn.Module, ABC):
@@ -125,13 +129,17 @@ class Base(nn.Module, ABC):
         )
 
     @property
+    @abstractmethod
     def denoiser(self) -> nn.Module:
-        """The model that ``predict`` runs, for baselines that train all of it.
+        """The model that ``predict`` runs."""
 
-        Raises:
-            ConfigError: not in this family.
+    @abstractmethod
+    def wrap_blocks(self, wrap: Callable[[Block], Block]) -> None:
+        """Let ``predict`` run ``wrap(block)`` in place of each block that the denoiser repeats.
+
+        For what acts on blocks: checkpointing of activations, compilation. Blocks take all that they read as
+        arguments, image tokens too.
         """
-        raise ConfigError(f"adapter.train_denoiser: fine-tuning is a baseline for UNets, not {self.pipeline_class}.")
 
     @abstractmethod
     def predict(

@@ -1,7 +1,7 @@
 """Flux: dev (guidance-distilled) and schnell."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from ipa_train.adapter.flux_attention import FluxImageAttention
 from ipa_train.adapter.projector import FeatureKind, NullImage
 from ipa_train.adapter.sites import AttentionSite
 from ipa_train.adapter.tokens import ImageTokens
-from ipa_train.bases.base import Base, MicroConditioning, TextConditioning
+from ipa_train.bases.base import Base, Block, MicroConditioning, TextConditioning
 from ipa_train.bases.folders import loading, require_pipeline_class
 from ipa_train.bases.tokens import token_ids
 from ipa_train.bases.vae import FrozenVAE
@@ -180,6 +180,16 @@ class Flux(Base):
     def attention_sites(self) -> list[AttentionSite]:
         """The double-stream attentions, in the order of interchange files."""
         return flux_attention_sites(self.transformer)
+
+    @property
+    def denoiser(self) -> FluxTransformer2DModel:
+        """The transformer."""
+        return self.transformer
+
+    def wrap_blocks(self, wrap: Callable[[Block], Block]) -> None:
+        """The transformer blocks."""
+        for block in [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]:
+            block.forward = wrap(block.forward)
 
     def predict(
         self,

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,7 @@ from ipa_train.adapter.joint_attention import JointImageAttention
 from ipa_train.adapter.projector import FeatureKind, NullImage
 from ipa_train.adapter.sites import AttentionSite
 from ipa_train.adapter.tokens import ImageTokens
-from ipa_train.bases.base import Base, MicroConditioning, TextConditioning
+from ipa_train.bases.base import Base, Block, MicroConditioning, TextConditioning
 from ipa_train.bases.folders import loading, require_pipeline_class
 from ipa_train.bases.tokens import token_ids
 from ipa_train.bases.vae import FrozenVAE
@@ -218,6 +218,16 @@ class StableDiffusion3(Base):
     def attention_sites(self) -> list[AttentionSite]:
         """All attentions, in the order of interchange files."""
         return sd3_attention_sites(self.transformer)
+
+    @property
+    def denoiser(self) -> SD3Transformer2DModel:
+        """The transformer."""
+        return self.transformer
+
+    def wrap_blocks(self, wrap: Callable[[Block], Block]) -> None:
+        """The transformer blocks."""
+        for block in self.transformer.transformer_blocks:
+            block.forward = wrap(block.forward)
 
     def predict(
         self,

@@ -1,10 +1,12 @@
 """What all bases with a diffusers UNet share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from ipa_train.adapter.attention import ImageAttention
 from ipa_train.adapter.lora import LowRankSite, LowRankUpdate
 from ipa_train.adapter.sites import AttentionSite
 from ipa_train.adapter.tokens import ImageTokens
-from ipa_train.bases.base import Base, MicroConditioning, TextConditioning
+from ipa_train.bases.base import Base, Block, MicroConditioning, TextConditioning
 from ipa_train.bases.vae import FrozenVAE
 from ipa_train.diffusion.schedule import VariancePreserving
 from ipa_train.errors import ConfigError
@@ -108,6 +110,12 @@ class UNetBase(Base):
     def denoiser(self) -> nn.Module:
         """The UNet."""
         return self.unet
+
+    def wrap_blocks(self, wrap: Callable[[Block], Block]) -> None:
+        """The residual and transformer blocks."""
+        for module in self.unet.modules():
+            if isinstance(module, (ResnetBlock2D, BasicTransformerBlock)):
+                module.forward = wrap(module.forward)
 
     def predict(
         self,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ipa_train.adapter.adapter import IPAdapter
 from ipa_train.adapter.projector import Projector
 from ipa_train.adapter.sites import AttentionSite
-from ipa_train.bases import Base, LatentPosterior, MicroConditioning, adapter_sites
+from ipa_train.bases import Base, LatentPosterior, MicroConditioning, UNetBase, adapter_sites
 from ipa_train.conditioning import ImageEncoder
 from ipa_train.conditioning.dropout import ConditionDropout, Dropped
 from ipa_train.data.batch import Batch, Pictures
@@ -58,6 +58,10 @@ class AdapterTraining(lightning.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if train_denoiser and not isinstance(base, UNetBase):
+            raise ConfigError(
+                f"adapter.train_denoiser: fine-tuning is a baseline for UNets, not {base.pipeline_class}."
+            )
         if train_denoiser and base.dtype != torch.float32:
             raise ConfigError(
                 f"adapter.train_denoiser=true needs base.dtype=float32, got {str(base.dtype).removeprefix('torch.')}: "

@@ -73,8 +73,6 @@ def test_transformers_have_none_of_this(flux):
             adapter_sites(flux, attention=attention)
     with pytest.raises(ConfigError, match=r"adapter\.sites\.lora_rank=4: a LoRA goes with adapters of UNets"):
         adapter_sites(flux, lora_rank=4)
-    with pytest.raises(ConfigError, match=r"adapter\.train_denoiser: fine-tuning is a baseline for UNets"):
-        _ = flux.denoiser
 
 
 def test_what_cannot_attach_is_refused(base):

@@ -91,6 +91,11 @@ def test_a_denoiser_is_not_trained_in_bf16(make_module, tiny_models):
         make_module(base=base, train_denoiser=True)
 
 
+def test_only_the_denoisers_of_unets_are_trained(make_module, flux):
+    with pytest.raises(ConfigError, match=r"adapter\.train_denoiser: fine-tuning is a baseline for UNets, not Flux"):
+        make_module(base=flux, train_denoiser=True)
+
+
 @pytest.mark.parametrize(("dtype", "warned"), [("float16", True), ("bfloat16", False)])
 def test_a_range_too_small_for_gradients_is_said(make_module, tiny_models, caplog, dtype, warned):
     make_module(base=StableDiffusion.from_pretrained(str(tiny_models[0]), dtype=dtype))
