@@ -33,7 +33,8 @@ BASELINES = {"simple": "concatenates", "finetune": "all of the denoiser is train
 
 
 def fit(module, folder):
-    batches = DataLoader([make_batch(range(4 * i, 4 * i + 4)) for i in range(3)], batch_size=None)
+    # Large enough for two by two tokens in the middle block: over a single one, queries and keys have no gradient.
+    batches = DataLoader([make_batch(range(4 * i, 4 * i + 4), size=128) for i in range(3)], batch_size=None)
     make_trainer(3, [Checkpointing(folder=str(folder))]).fit(module, batches)
     return folder / "step-00000003"
 
