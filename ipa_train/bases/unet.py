@@ -15,6 +15,7 @@ from ipa_train.adapter.lora import LowRankSite, LowRankUpdate
 from ipa_train.adapter.sites import AttentionSite
 from ipa_train.adapter.tokens import ImageTokens
 from ipa_train.bases.base import Base, Block, MicroConditioning, TextConditioning
+from ipa_train.bases.unet_forward import UNetForward
 from ipa_train.bases.vae import FrozenVAE
 from ipa_train.diffusion.schedule import VariancePreserving
 from ipa_train.errors import ConfigError
@@ -97,6 +98,9 @@ class UNetBase(Base):
         self.schedule = VariancePreserving(scheduler.alphas_cumprod)
         self.context_dim = unet.config.cross_attention_dim
         self.dtype = unet.dtype
+        nn.Module.to(unet, memory_format=torch.channels_last)
+        nn.Module.to(vae.model, memory_format=torch.channels_last)
+        self._forward = UNetForward(unet) if UNetForward.fits(unet) else None
 
     def attention_sites(self) -> list[AttentionSite]:
         """The text cross-attentions, in the order of interchange files."""
@@ -111,8 +115,17 @@ class UNetBase(Base):
         """The UNet."""
         return self.unet
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the UNet is; it is trained as a baseline only."""
+        return not self.unet.conv_in.weight.requires_grad
+
     def wrap_blocks(self, wrap: Callable[[Block], Block]) -> None:
         """The residual and transformer blocks."""
+        if self._forward is not None and self.is_frozen:
+            self._forward.resnet_block = wrap(self._forward.resnet_block)
+            self._forward.transformer_block = wrap(self._forward.transformer_block)
+            return
         for module in self.unet.modules():
             if isinstance(module, (ResnetBlock2D, BasicTransformerBlock)):
                 module.forward = wrap(module.forward)
@@ -126,17 +139,17 @@ class UNetBase(Base):
         micro: MicroConditioning | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """One UNet forward."""
+        size = (noisy_latents.shape[2] * self.vae.stride, noisy_latents.shape[3] * self.vae.stride)
+        added = self.added_conditions(text, micro, size)
+        latents, context = noisy_latents.to(self.dtype), text.context.to(self.dtype)
+        tokens = None if image_tokens is None else image_tokens.states.to(self.dtype)
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        if self._forward is not None and self.is_frozen:
+            return self._forward(latents, timesteps, context, added, tokens).float()
         # The UNet hands these arguments to every attention; this name is the one that self-attentions, which have no
         # use for it, ignore without a warning at each call.
-        extra = None if image_tokens is None else {"ip_hidden_states": image_tokens.states.to(self.dtype)}
-        size = (noisy_latents.shape[2] * self.vae.stride, noisy_latents.shape[3] * self.vae.stride)
-        prediction = self.unet(
-            noisy_latents.to(self.dtype),
-            timesteps,
-            text.context.to(self.dtype),
-            added_cond_kwargs=self.added_conditions(text, micro, size),
-            cross_attention_kwargs=extra,
-        )
+        extra = None if tokens is None else {"ip_hidden_states": tokens}
+        prediction = self.unet(latents, timesteps, context, added_cond_kwargs=added, cross_attention_kwargs=extra)
         return cast(Tensor, prediction.sample.float())
 
     def added_conditions(
