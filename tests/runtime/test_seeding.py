@@ -16,7 +16,7 @@ from ipa_train.runtime.seeding import Draws, philox
 def test_published_vectors(counter, key, words):
     """kat_vectors of Random123, philox4x32-10."""
     c = torch.tensor([counter])
-    assert tuple(int(w) for w in philox((c, c, c, c), (key, key))) == words
+    assert tuple(int(w) for w in philox(c, c, c, c, (key, key))) == words
 
 
 def test_a_sample_draws_the_same_in_any_batch():
