@@ -14,6 +14,9 @@ from ipa_train.training.ema import AdapterEMA
 from ipa_train.training.metrics import RunningMeans
 from ipa_train.training.optim import LRSchedule
 
+FUSED_ADAMW = partial(torch.optim.AdamW, fused=True)
+"""What a run has unless told otherwise."""
+
 
 class Images(Dataset):
     """Endless enough; sample ``i`` is the same in every process. ``poison``: positions whose loss is not finite."""
@@ -57,7 +60,7 @@ class Stream(IterableDataset):
 
 
 class ToyTraining(lightning.LightningModule):
-    def __init__(self, ema=True, shape="cosine", optimizer=partial(torch.optim.AdamW, fused=True)):
+    def __init__(self, ema=True, shape="cosine", optimizer=FUSED_ADAMW):
         super().__init__()
         self.strict_loading = False
         torch.manual_seed(0)
