@@ -62,6 +62,14 @@ def test_the_host_reads_nothing_back_between_log_steps(make, tmp_path):
     assert {(phase, step) for phase, step, _ in waits.found} == {("end", 2), ("end", 4)}, waits.found
 
 
+def test_an_optimizer_that_cannot_skip_by_itself_costs_a_look_at_every_step(make_module, tmp_path):
+    waits = HostWaits()
+    with waits.watching():
+        module = make_module(optimizer=partial(torch.optim.SGD, lr=1e-3))
+        fit(module, tmp_path, max_steps=2, log_every_n_steps=2, first=[waits])
+    assert {("update", 1), ("update", 2)} <= {(phase, step) for phase, step, _ in waits.found}
+
+
 def test_a_step_needs_no_value_of_any_tensor_on_the_device(make):
     """On the meta device there are none to be had."""
     module = make().to("meta")
@@ -78,16 +86,17 @@ def test_cuda_agrees(make, tmp_path):
 
     class Watch(HostWaits):
         def on_train_batch_start(self, trainer, *_):
-            torch.cuda.set_sync_debug_mode("error")
+            if trainer.global_step:  # the noise schedule moves to the device in the first step
+                torch.cuda.set_sync_debug_mode("error")
 
         def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step % 2 == 0:
+            if trainer.global_step % 3 == 0:
                 torch.cuda.set_sync_debug_mode("default")
 
         def on_exception(self, *_):
             torch.cuda.set_sync_debug_mode("default")
 
     module = make(ema=AdapterEMA())
-    options = {"accelerator": "gpu", "log_every_n_steps": 2, "gradient_clip_val": 1.0}
-    fit(module, tmp_path, max_steps=4, first=[Watch()], **options)
+    options = {"accelerator": "gpu", "log_every_n_steps": 3, "gradient_clip_val": 1.0}
+    fit(module, tmp_path, max_steps=6, first=[Watch()], **options)
     assert all(state["step"].is_cuda for state in module.optimizers().state.values())
