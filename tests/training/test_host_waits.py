@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import lightning
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader
 from ipa_train.adapter import LinearProjector, Resampler, TimeResampler
 from ipa_train.bases import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL
 from ipa_train.bases.tiny import tiny_pipeline
+from ipa_train.data.transfer import DeviceCopies
 from ipa_train.training.callbacks.checkpointing import Checkpointing
 from ipa_train.training.callbacks.gradient_guard import GradientGuard
 from ipa_train.training.callbacks.metric_logging import MetricLogging
@@ -40,8 +42,22 @@ def make(request, make_module, tmp_path):
     return make_one
 
 
+class Data(lightning.LightningDataModule):
+    """Batches that go to the device as those of a run do."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count, self.copies = count, DeviceCopies()
+
+    def train_dataloader(self):
+        batches = [make_batch(range(4 * i, 4 * i + 4)) for i in range(self.count)]
+        return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        return self.copies(batch, device)
+
+
 def fit(module, folder, *, max_steps, log_every_n_steps, first=(), **options):
-    batches = DataLoader([make_batch(range(4 * i, 4 * i + 4)) for i in range(max_steps)], batch_size=None)
     callbacks = [
         *first,
         GradientGuard(),
@@ -51,7 +67,7 @@ def fit(module, folder, *, max_steps, log_every_n_steps, first=(), **options):
     ]
     log = CSVLog(path=str(folder / "metrics.csv"))
     trainer = make_trainer(max_steps, callbacks, logger=log, log_every_n_steps=log_every_n_steps, **options)
-    trainer.fit(module, batches)
+    trainer.fit(module, Data(max_steps))
 
 
 def test_the_host_reads_nothing_back_between_log_steps(make, tmp_path):
