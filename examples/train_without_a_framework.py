@@ -35,7 +35,7 @@ parser.add_argument("--steps", type=int, default=1000)
 args = parser.parse_args()
 paths = sorted(args.images.glob("*.jpg"))
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 base = StableDiffusion.from_pretrained(args.base).to(device)
 encoder = CLIPImageEncoder.from_pretrained(args.image_encoder).to(device)
 sites = base.attention_sites()
@@ -46,7 +46,7 @@ optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4, weight_decay=0.01)
 
 for step in range(args.steps):
     positions = torch.arange(step * args.batch_size, (step + 1) * args.batch_size)
-    draws = Draws(0, positions.to(device))
+    draws = Draws(0, positions, device)
     batch = [paths[int(i) % len(paths)] for i in positions]
     dropped = ConditionDropout().draw(draws)
     features = encoder.encode(load(batch, encoder.image_size).to(device), "pooled")

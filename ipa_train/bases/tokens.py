@@ -1,11 +1,13 @@
 """Captions -> token ids, as all families' pipelines make them."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+
+from ipa_train.runtime.device import send
 
 
 def token_ids(
@@ -19,4 +21,4 @@ def token_ids(
         truncation=True,
         return_tensors="pt",
     )
-    return cast(Tensor, encoded.input_ids.to(device))
+    return send(encoded.input_ids, device)

@@ -8,12 +8,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ipa_train.errors import ConfigError
+from ipa_train.runtime.device import send
 from ipa_train.runtime.seeding import Draws
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """Which samples lose which condition; a sample of the "both" case is in both masks."""
+    """Which samples lose which condition; a sample of the "both" case is in both masks. They lie on the host."""
 
     text: Bool[Tensor, "b"]
     image: Bool[Tensor, "b"]
@@ -27,7 +28,7 @@ class Dropped:
     ) -> tuple[Float[Tensor, "b *_"], ...]:
         """The features of each kind, replaced by the encoder's "no image" where the image is dropped."""
         return tuple(
-            torch.where(self.image.reshape(-1, *[1] * (features.ndim - 1)), null, features)
+            torch.where(send(self.image, features.device).reshape(-1, *[1] * (features.ndim - 1)), null, features)
             for features, null in zip(image_features, null_features, strict=True)
         )
 

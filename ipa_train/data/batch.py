@@ -53,7 +53,7 @@ class Batch:
     content: Pictures | Features
     captions: list[str]
     positions: Int64[Tensor, "b"]
-    """Place of each sample in the infinite stream; the key of every random draw made for it."""
+    """Place of each sample in the infinite stream; the key of every random draw made for it. Always on the host."""
     original_sizes: Int64[Tensor, "b 2"]
     """Height and width of the stored image, in pixels."""
     crop_top_lefts: Int64[Tensor, "b 2"]
@@ -66,9 +66,26 @@ class Batch:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """Return the batch with its tensors on ``device``."""
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors lie, but for the positions."""
+        return self.target_sizes.device
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch with its tensors on ``device``; from pinned memory to CUDA without waiting for the copy."""
+        to_cuda = torch.device(device).type == "cuda"
+        moved = _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=to_cuda))
+        return replace(moved, positions=self.positions)
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory of its tensors, which another CUDA stream allocated, until ``stream`` is done with them."""
+
+        def record(tensor: Tensor) -> Tensor:
+            if tensor.is_cuda:
+                tensor.record_stream(stream)
+            return tensor
+
+        _map_tensors(self, record)
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory; called by the DataLoader when ``pin_memory`` is on."""

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ipa_train.errors import ConfigError
+from ipa_train.runtime.device import send
 from ipa_train.runtime.seeding import Draws
 
 
@@ -38,7 +39,7 @@ class UniformTimesteps(Timesteps):
     """Every timestep is equally likely, as in the IP-Adapter paper."""
 
     def _draw(self, draws: Draws) -> Float[Tensor, "b"]:
-        return draws.uniform("timestep")
+        return send(draws.uniform("timestep"), draws.device)
 
 
 class LogitNormalTimesteps(Timesteps):

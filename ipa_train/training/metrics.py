@@ -3,7 +3,14 @@
 from collections.abc import Callable
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
+
+
+def ends_interval(trainer: Trainer) -> bool:
+    """Whether the step just done ends a log interval: the only steps after which the host may wait for the device."""
+    step = trainer.global_step
+    return step % trainer.log_every_n_steps == 0 or step == trainer.max_steps
 
 
 class RunningMeans:

@@ -93,7 +93,7 @@ class AdapterTraining(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Eq. 6 of the paper: mean squared error of the denoiser under text and image conditions, each droppable."""
-        draws = Draws(self.seed, batch.positions)
+        draws = Draws(self.seed, batch.positions, batch.device)
         dropped = self.dropout.draw(draws)
         text = self.base.encode_text(dropped.captions(batch.captions))
         posterior, image_features = self.encode(batch)
@@ -190,6 +190,9 @@ class AdapterTraining(lightning.LightningModule):
             _log.info("checkpoints of this run hold no export: %s", self.adapter.unexportable)
         if self.ema is not None:
             self.ema.start(self.adapter.named_parameters())
+        # Lightning asks rank 0 before every batch whether it was told to stop, and the host waits on the device for the
+        # answer. Whoever stops a run (Slurm, torchrun, Lightning's own launcher) tells all ranks.
+        self.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the average follow."""

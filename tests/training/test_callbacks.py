@@ -1,19 +1,28 @@
+import contextlib
 import csv
 import time
+from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import SimpleProfiler
 
-from ipa_train.errors import ConfigError, TrainingError
+from ipa_train.errors import ConfigError, DataError, TrainingError
 from ipa_train.training.callbacks.checkpointing import Checkpointing
 from ipa_train.training.callbacks.gradient_guard import GradientGuard
 from ipa_train.training.callbacks.metric_logging import MetricLogging
 from ipa_train.training.checkpoint import newest_valid
 from ipa_train.training.csv_log import CSVLog
 from ipa_train.training.status_line import StatusLine, describe
-from tests.training.toy import Images, Stream, ToyTraining, make_trainer
+from tests.training.toy import FUSED_ADAMW, Images, Stream, ToyTraining, make_trainer
+
+OPTIMIZERS = {
+    "fused AdamW": FUSED_ADAMW,
+    "AdamW": torch.optim.AdamW,
+    "SGD": partial(torch.optim.SGD, momentum=0.9),
+    "fused SGD": partial(torch.optim.SGD, momentum=0.9, fused=True),
+}
 
 
 def fit(max_steps, *callbacks, data=None, module=None, **options):
@@ -45,9 +54,13 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_an_update_that_is_not_finite_changes_nothing_and_is_named(caplog):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("gradient_clip_val", [None, 1.0])
+def test_an_update_that_is_not_finite_changes_nothing_and_is_named(caplog, optimizer, gradient_clip_val):
     recorder = Recorder()
-    fit(4, GradientGuard(), recorder, data=Images(poison=[9]))
+    module = ToyTraining(optimizer=OPTIMIZERS[optimizer])
+    options = {"data": Images(poison=[9]), "gradient_clip_val": gradient_clip_val}
+    fit(4, GradientGuard(), recorder, module=module, **options)
     one, two, three, four = recorder.states
     assert not equal(one, two)
     assert equal(two, three), "the skipped update changed weights or moments"
@@ -56,14 +69,74 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_named(caplog):
     assert "rank 0: shard/0008, shard/0009, shard/0010, shard/0011" in caplog.text
 
 
-def test_too_many_in_a_row_stop_the_run_and_name_the_samples():
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_whose_first_update_is_not_finite_goes_on_from_where_it_began(optimizer):
+    recorder, module = Recorder(), ToyTraining(optimizer=OPTIMIZERS[optimizer])
+    before = [p.clone() for p in module.adapter.parameters()]
+    fit(2, GradientGuard(), recorder, module=module, data=Images(poison=[0]))
+    first, second = recorder.states
+    assert equal(before, first[: len(before)])
+    assert not equal(first[: len(before)], second[: len(before)])
+    assert all(t.isfinite().all() and t.abs().max() < 10 for t in second)
+
+
+def test_the_average_follows_a_skipped_update_alike_wherever_it_is_skipped():
+    averages = []
+    for optimizer in ("fused AdamW", "AdamW"):
+        module = ToyTraining(optimizer=OPTIMIZERS[optimizer])
+        fit(4, GradientGuard(), module=module, data=Images(poison=[9]))
+        averages.append(module.ema.weights)
+    torch.testing.assert_close(*averages)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_too_many_in_a_row_stop_the_run_and_name_the_samples(optimizer):
     poison = [1, *range(8, 20)]  # steps 1, then 3 to 5
+    module = ToyTraining(optimizer=OPTIMIZERS[optimizer])
     with pytest.raises(TrainingError, match=r"3 times in a row, at last at step 5 \(rank 0: shard/0016"):
-        fit(10, GradientGuard(max_in_a_row=3), data=Images(poison=poison))
+        fit(10, GradientGuard(max_in_a_row=3), module=module, data=Images(poison=poison))
+
+
+@pytest.mark.parametrize("log_every_n_steps", [1, 2, 4])
+def test_they_are_counted_across_log_intervals(log_every_n_steps):
+    poison = [0, *range(12, 24)]  # steps 1, then 4 to 6
+    with pytest.raises(TrainingError, match="3 times in a row, at last at step 6") as error:
+        fit(99, GradientGuard(max_in_a_row=3), data=Images(poison=poison), log_every_n_steps=log_every_n_steps)
+    assert "shard/0020" in str(error.value)
+    assert "shard/0019" not in str(error.value)
+
+
+class EndAt(Callback):
+    """Ends training after a step, in one of the ways in which it can end."""
+
+    def __init__(self, step, way):
+        self.step, self.way = step, way
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            if self.way is None:
+                trainer.should_stop = True
+            else:
+                raise self.way
+
+
+@pytest.mark.parametrize("way", [None, DataError("no more"), KeyboardInterrupt()])
+def test_every_skipped_step_of_an_interval_is_reported_also_where_training_ends_in_it(caplog, way):
+    data = Images(poison=[5, 8, 13])
+    ending = contextlib.nullcontext() if way is None else pytest.raises((DataError, SystemExit))
+    with ending:
+        fit(99, GradientGuard(), EndAt(5, way), data=data, log_every_n_steps=3)
+    said = [r.getMessage() for r in caplog.records if "skipped" in r.getMessage()]
+    assert [line.split(":")[0] for line in said] == ["step 2 skipped", "step 3 skipped", "step 4 skipped"]
+    assert [line.split("shard/")[1][:4] for line in said] == ["0004", "0008", "0012"]
 
 
 def test_the_sample_is_named_when_it_is_not_in_the_last_micro_batch(caplog):
-    fit(2, GradientGuard(), data=Images(poison=[1]), accumulate_grad_batches=2)
+    recorder = Recorder()
+    fit(2, GradientGuard(), recorder, data=Images(poison=[1]), accumulate_grad_batches=2)
+    whole = list(ToyTraining().adapter.parameters())
+    assert equal(recorder.states[1][: len(whole)], whole)
+    assert not equal(recorder.states[3][: len(whole)], whole)
     assert "step 1 skipped: its gradients were not finite (rank 0: shard/0000, shard/0001" in caplog.text
     assert "shard/0004" not in caplog.text
 

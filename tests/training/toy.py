@@ -1,5 +1,7 @@
 """A Lightning module of the shape of the real one, small enough to train in milliseconds."""
 
+from functools import partial
+
 import lightning
 import torch
 from torch import nn
@@ -11,6 +13,9 @@ from ipa_train.training.checkpoint import AdapterCheckpointIO
 from ipa_train.training.ema import AdapterEMA
 from ipa_train.training.metrics import RunningMeans
 from ipa_train.training.optim import LRSchedule
+
+FUSED_ADAMW = partial(torch.optim.AdamW, fused=True)
+"""What a run has unless told otherwise."""
 
 
 class Images(Dataset):
@@ -55,7 +60,7 @@ class Stream(IterableDataset):
 
 
 class ToyTraining(lightning.LightningModule):
-    def __init__(self, ema=True, shape="cosine"):
+    def __init__(self, ema=True, shape="cosine", optimizer=FUSED_ADAMW):
         super().__init__()
         self.strict_loading = False
         torch.manual_seed(0)
@@ -64,6 +69,7 @@ class ToyTraining(lightning.LightningModule):
         self.ema = AdapterEMA(decay=0.9) if ema else None
         self.metrics = RunningMeans()
         self.lr_schedule = LRSchedule(shape=shape, warmup_steps=2)
+        self.make_optimizer = optimizer
         self.losses = []
 
     def training_step(self, batch, batch_idx):
@@ -76,7 +82,7 @@ class ToyTraining(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=1e-2)
+        optimizer = self.make_optimizer(self.adapter.parameters(), lr=1e-2)
         scheduler = self.lr_schedule.build(optimizer, 8)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -11,7 +11,7 @@ from ipa_train.data.batch import Batch
 from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.runtime.distributed import gather_objects, sum_over_ranks
 from ipa_train.training.csv_log import CSVLog
-from ipa_train.training.metrics import RunningMeans
+from ipa_train.training.metrics import RunningMeans, ends_interval
 from ipa_train.training.status_line import StatusLine
 from ipa_train.training.throughput import Throughput, peak_memory_gib
 
@@ -51,7 +51,7 @@ class MetricLogging(Callback):
         self._throughput.count(len(batch))
         if trainer.is_global_zero:
             self._status.advance(step)
-        if step != self._shown_step and (step % trainer.log_every_n_steps == 0 or step == trainer.max_steps):
+        if step != self._shown_step and ends_interval(trainer):
             self._shown_step = step
             self._log(trainer, pl_module)
 
