@@ -28,7 +28,7 @@ MEASURED, MODELLED = "Measured on this machine", "Modelled, not measured"
 
 def measured(sizes: list[int], settings: dict[str, int], *, num_steps: int, rounds: int) -> dict[str, Any]:
     """By number of processes."""
-    cores = len(os.sched_getaffinity(0))
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         groups = [Group(size, Path(folder), settings) for size in sizes]
         cases = {
@@ -54,7 +54,7 @@ def measured(sizes: list[int], settings: dict[str, int], *, num_steps: int, roun
             "all_reduce_share": 1 - least[size, False][0] / wall,
             **group.traffic,
         }
-    return {"cores": cores, "by_processes": found}
+    return {"cores": cores, "load_at_start": load, "by_processes": found}
 
 
 def modelled(cluster: Cluster, runs: Any) -> dict[str, Any]:
@@ -112,7 +112,10 @@ def markdown(figures: Any) -> str:
                 ", ".join(f"{count} {name.removeprefix('gloo:')}" for name, count in found["collectives"].items()),
             ]
         )
-    text = f"{MEASURED}: {here['cores']} cores; efficiency is against min(processes, cores) single processes.\n\n"
+    text = (
+        f"{MEASURED}: {here['cores']} cores, with a load of {here['load_at_start']:.1f} by others at the start; "
+        "efficiency is against min(processes, cores) single processes.\n\n"
+    )
     header = ["processes", "images/s", "CPU s per step of one", "efficiency", "all-reduce", "bytes reduced per step"]
     text += table([*header, "collectives per step"], rows)
     text += f"\n{MODELLED}, from estimated step times of one H200 and these assumptions:\n\n"

@@ -174,12 +174,13 @@ class Group:
         self.size, self._pipes, self._processes = size, [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, folder / f"store{size}", theirs, settings))
+            arguments = (rank, size, folder / f"store{size}", theirs, settings)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
-        self.traffic = [pipe.recv() for pipe in self._pipes][0]
+        self.traffic, *_ = [pipe.recv() for pipe in self._pipes]
 
     def seconds(self, num_steps: int, *, reduced: bool) -> tuple[float, float]:
         """Of a step: wall seconds of the slowest process, and mean CPU seconds of one."""
