@@ -113,7 +113,7 @@ def markdown(figures: Any) -> str:
             ]
         )
     text = (
-        f"{MEASURED}: {here['cores']} cores, with a load of {here['load_at_start']:.1f} by others at the start; "
+        f"{MEASURED}: {here['cores']} cores, load average {here['load_at_start']:.1f} at the start; "
         "efficiency is against min(processes, cores) single processes.\n\n"
     )
     header = ["processes", "images/s", "CPU s per step of one", "efficiency", "all-reduce", "bytes reduced per step"]
