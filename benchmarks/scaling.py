@@ -78,7 +78,9 @@ def modelled(cluster: Cluster, runs: Any) -> dict[str, Any]:
                     ],
                 }
                 for cap in BUCKET_MB:
-                    buckets = even_buckets(num_bytes, cap * 2**20)
+                    # DDP fills buckets with fp32 gradients; a hook makes each smaller afterwards
+                    full = even_buckets(run.num_parameters * PRECISIONS["fp32"], cap * 2**20)
+                    buckets = [size * width / PRECISIONS["fp32"] for size in full]
                     row[f"overlapped, {cap} MiB buckets"] = [
                         cluster.efficiency(
                             run.step_seconds, cluster.exposed(buckets, run.step_seconds, gpus, nics), gpus

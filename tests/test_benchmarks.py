@@ -51,7 +51,12 @@ def test_scaling(tmp_path):
         assert group["bucket_bytes"] == group["modelled_bucket_bytes"]
         assert sum(group["bucket_bytes"]) == group["gradient_bytes"]
         assert group["collectives"]["gloo:all_reduce"] == len(group["bucket_bytes"])
-    assert len(figures["modelled"]["scaling"]) == 16
+    rows = figures["modelled"]["scaling"]
+    assert len(rows) == 16
+    overlapped = "overlapped, 25 MiB buckets"
+    fp32, bf16 = (next(row for row in rows if row["gradients"] == precision) for precision in scaling.PRECISIONS)
+    assert fp32["run"] == bf16["run"]
+    assert fp32["exposed"] < fp32[overlapped] < bf16[overlapped], "half the bytes in as many buckets"
     assert scaling.MEASURED in markdown
     assert scaling.MODELLED in markdown
 
