@@ -4,7 +4,10 @@ import json
 import subprocess
 import sys
 
-from benchmarks import cache, loader
+import pytest
+
+from benchmarks import cache, loader, scaling
+from benchmarks.scaling_model import Cluster
 
 
 def run(module, out, *arguments):
@@ -37,3 +40,43 @@ def test_loader(tmp_path):
     for kind in ("one bucket", "10 buckets", "3 mixed sources"):
         assert figures["order"][kind].keys() == {"resume_ms", "us_per_sample", "peak_mb", "replay_10000_steps_ms"}
     assert "| ipa-train, 512 x 512 |" in markdown
+
+
+def test_scaling(tmp_path):
+    sizes = ("--processes", "2", "--width", "32", "--latent-size", "8", "--batch-size", "1", "--steps", "1")
+    figures, markdown = run(scaling, tmp_path / "scaling.json", *sizes)
+    found = figures["measured"]["by_processes"]
+    assert found.keys() == {"2"}
+    for group in found.values():
+        assert group["bucket_bytes"] == group["modelled_bucket_bytes"]
+        assert sum(group["bucket_bytes"]) == group["gradient_bytes"]
+        assert group["collectives"]["gloo:all_reduce"] == len(group["bucket_bytes"])
+    rows = figures["modelled"]["scaling"]
+    assert len(rows) == 16
+    overlapped = "overlapped, 25 MiB buckets"
+    fp32, bf16 = (next(row for row in rows if row["gradients"] == precision) for precision in scaling.PRECISIONS)
+    assert fp32["run"] == bf16["run"]
+    assert fp32["exposed"] < fp32[overlapped] < bf16[overlapped], "half the bytes in as many buckets"
+    assert scaling.MEASURED in markdown
+    assert scaling.MODELLED in markdown
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "gpus", "nics", "milliseconds"),
+    [(89.3e6, 8, 1, 0.5), (89.3e6, 64, 1, 4.4), (89.3e6, 4096, 8, 1.2), (703e6, 64, 8, 7.4), (1405e6, 512, 1, 76.2)],
+)
+def test_model_of_the_all_reduce(num_bytes, gpus, nics, milliseconds):
+    """As worked out by hand: twice the share that leaves a GPU, then a node, over the bandwidth, and the hops."""
+    assert 1e3 * Cluster().all_reduce(num_bytes, gpus, nics) == pytest.approx(milliseconds, abs=0.05)
+
+
+def test_model_of_overlap():
+    cluster, step = Cluster(), 0.372
+    whole = cluster.all_reduce(89.3e6, 64, 1)
+    assert cluster.exposed([89.3e6], step, 64, 1) == pytest.approx(whole), "one bucket is full when the backward ends"
+    halved = cluster.exposed([44.65e6] * 2, step, 64, 1)
+    assert halved == pytest.approx(cluster.all_reduce(44.65e6, 64, 1)), "all but the last is hidden"
+    slow = cluster.exposed([44.65e6] * 2, whole / 10, 64, 1)
+    assert slow > whole / 2, "a step that is shorter than its all-reduce hides little of it"
+    assert 100 * cluster.efficiency(step, whole, 64) == pytest.approx(97.4, abs=0.05)
+    assert 100 * cluster.efficiency(step, 0, 1) == 100
