@@ -209,16 +209,14 @@ class UNetForward:
         qkv_weights = iter(joined.qkv_weights)
         for i, group in enumerate(joined.groups):
             texts = joined.text_keys_and_values(context, i)
-            shown = (
-                [] if image_tokens is None else [b.attn2.processor for b in group if _shows_image(b.attn2.processor)]
-            )
-            branches = [processor.image_attention for processor in shown]
-            images = iter(grouped_keys_and_values(image_tokens, branches) if image_tokens is not None else ())
+            shown = [block.attn2.processor for block in group if _shows_image(block.attn2.processor)]
+            branches = [processor.image_attention for processor in shown if image_tokens is not None]
+            images = iter(grouped_keys_and_values(image_tokens, branches) if branches else ())
             for block, text, qkv_weight in zip(group, texts, qkv_weights, strict=False):
                 if not _is_plain(block.attn1.processor):
                     qkv_weight = None
                 processor = block.attn2.processor
-                if processor in shown:
+                if branches and processor in shown:
                     yield qkv_weight, KeysValues(*text, *next(images))
                 elif isinstance(processor, DecoupledCrossAttention) or _is_plain(processor):
                     yield qkv_weight, KeysValues(*text)

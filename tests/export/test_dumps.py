@@ -39,7 +39,7 @@ def test_whole_dump(dump, tmp_path, caplog):
 def test_dump_that_lost_one_of_two_names(dump, tmp_path):
     """What safetensors leaves of it: the reports of an empty ip_adapter."""
     tensors, state = dump
-    left = {name: weight for name, weight in tensors.items() if not name.startswith("adapter_modules.")}
+    left = {name: weight.contiguous() for name, weight in tensors.items() if not name.startswith("adapter_modules.")}
     save_file(left, tmp_path / "model.safetensors")
     assert same(read_adapter_file(tmp_path / "model.safetensors")[0], state)
 
