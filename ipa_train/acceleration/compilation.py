@@ -39,7 +39,9 @@ def require_compilers() -> None:
         )
 
 
-def compiled(function: Callable[..., Any], *, cuda_graphs: bool, backend: str = "inductor") -> Callable[..., Any]:
+def compiled(
+    function: Callable[..., Any], *, cuda_graphs: bool, backend: str | Callable[..., Any] = "inductor"
+) -> Callable[..., Any]:
     """Compile for the shapes of the first call, and for any shape when a second one comes.
 
     What reaches torch's limit of variants stops the run: to go on uncompiled would be slow without a word.
