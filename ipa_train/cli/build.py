@@ -86,6 +86,12 @@ def build_trainer(config: DictConfig, data: StreamingDataModule) -> lightning.Tr
         value = config.trainer[option]
         if value is not None and value <= 0:  # Lightning would take it for "off"
             raise ConfigError(f"trainer.{option} must be above 0 or null, got {value}.")
+    if config.optimizer.get("fused") and config.trainer.gradient_clip_val and "mixed" in str(config.trainer.precision):
+        raise ConfigError(
+            f"trainer.precision={config.trainer.precision} with trainer.gradient_clip_val needs optimizer.fused=false: "
+            "Lightning clips no gradients of a fused optimizer there. Or leave 32-true: the frozen models have their "
+            "own precision, base.dtype."
+        )
     trainer: lightning.Trainer = instantiate(
         config.trainer,
         callbacks=[instantiate(node) for node in config.callbacks.values()],

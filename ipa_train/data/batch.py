@@ -71,9 +71,10 @@ class Batch:
         """Where its tensors lie, but for the positions."""
         return self.target_sizes.device
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """Return the batch with its tensors on ``device``."""
-        moved = _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch with its tensors on ``device``; from pinned memory to CUDA without waiting for the copy."""
+        to_cuda = torch.device(device).type == "cuda"
+        moved = _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=to_cuda))
         return replace(moved, positions=self.positions)
 
     def blank(self, num_samples: int) -> "Batch":

@@ -30,6 +30,7 @@ from ipa_train.data.resume import are_same_buckets, require_same_order
 from ipa_train.data.scan import lacks
 from ipa_train.data.stream import Stream, choose_buckets, make_stream
 from ipa_train.data.tolerance import ErrorBudget
+from ipa_train.data.transfer import DeviceCopies
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.distributed import rank
 
@@ -130,6 +131,7 @@ class StreamingDataModule(lightning.LightningDataModule):
         self.bad_samples_dir = None if bad_samples_dir is None else Path(bad_samples_dir)
         self.encoders = encoders
         self._start_positions: np.ndarray | None = None
+        self._device_copies = DeviceCopies()
         self._start_step = 0
         self.budget = self._make_budget(None)
 
@@ -320,6 +322,10 @@ class StreamingDataModule(lightning.LightningDataModule):
             self._prefetcher.advance(self.positions)
         self.budget.record(batch.num_samples, batch.bad)
         return batch.batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Copy it without a wait."""
+        return self._device_copies(batch, device)
 
     @property
     def positions(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The memory of a batch, and its way from a loader's worker to the training process."""
+"""The memory of a batch, and its way from a loader's worker to the training process, and on to the device."""
 
 import errno
 import math
@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from ipa_train.data.batch import Batch
 from ipa_train.errors import DataError
 
 _ALIGNMENT = 64
@@ -63,3 +64,26 @@ class BatchMemory:
             torch.empty(0, dtype=own.dtype).set_(shared, start // own.itemsize, own.shape)  # type: ignore[call-overload]
             for start, own in zip(self._starts, tensors, strict=True)
         ]
+
+
+class DeviceCopies:
+    """Copies batches to the device beside the step before.
+
+    Training waits for nothing, so a batch comes here while the device is at an earlier step; on the stream of that step
+    its copy would stand in line behind it.
+    """
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(self, batch: Batch, device: torch.device) -> Batch:
+        """Return the batch on ``device``, for the current stream."""
+        if device.type != "cuda":
+            return batch.to(device)
+        self._stream = self._stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            batch = batch.to(device)
+        computation = torch.cuda.current_stream(device)
+        computation.wait_stream(self._stream)
+        batch.record_stream(computation)
+        return batch

@@ -90,7 +90,6 @@ class AdapterTraining(lightning.LightningModule):
         self.make_optimizer, self.lr_schedule = optimizer, lr_schedule
         self.ema, self.seed = ema, seed
         self.metrics = RunningMeans()
-        self._copies: torch.cuda.Stream | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Eq. 6 of the paper: mean squared error of the denoiser under text and image conditions, each droppable."""
@@ -184,18 +183,6 @@ class AdapterTraining(lightning.LightningModule):
         }
         with self.averaged_weights():
             write_export(folder, self.adapter, self.sites, metadata=metadata)
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Copy beside the step before: as the host waits for nothing, the device is still at it by now."""
-        if device.type != "cuda":
-            return batch.to(device)
-        self._copies = self._copies or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._copies):
-            batch = batch.to(device, non_blocking=True)
-        computation = torch.cuda.current_stream(device)
-        computation.wait_stream(self._copies)
-        batch.record_stream(computation)
-        return batch
 
     def on_fit_start(self) -> None:
         """Begin the average with the first weights, so that the checkpoint of step 0 has one."""

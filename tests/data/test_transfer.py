@@ -5,10 +5,12 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ipa_train.data.transfer import BatchMemory
+from ipa_train.data.transfer import BatchMemory, DeviceCopies
 from ipa_train.errors import DataError
+from tests.training.conftest import make_batch
 
 PARTS = [((3,), np.int64), ((3, 5), np.uint8), ((3, 2, 2), np.float16)]
 
@@ -31,6 +33,21 @@ def test_tensors_arrive_as_they_were_filled(workers):
             assert (tensor.shape, tensor.numpy().dtype) == (shape, dtype)
             assert tensor.flatten().tolist() == [10 * part + number + i for i in range(tensor.numel())]
             assert tensor.is_shared() == bool(workers)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_copied_beside_the_computation_are_whole():
+    """Also where the computation is far behind, and the memory of earlier batches is asked for again."""
+    copies, device, sums = DeviceCopies(), torch.device("cuda", 0), []
+    busy = torch.randn(4096, 4096, device=device)
+    for number in range(50):
+        batch = copies(make_batch(range(8 * number, 8 * number + 8), size=256).pin_memory(), device)
+        assert batch.positions.device.type == "cpu"
+        busy = busy @ busy / 64.0
+        sums.append(batch.content.pixels.long().sum())
+    expected = [make_batch(range(8 * n, 8 * n + 8), size=256).content.pixels.long().sum() for n in range(50)]
+    assert torch.stack(sums).tolist() == torch.stack(expected).tolist()
 
 
 class Full(Dataset):

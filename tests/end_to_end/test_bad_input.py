@@ -46,6 +46,10 @@ def refused(capfd, tmp_path):
         ("trainer.max_steps=-5", "lightning.Trainer: `max_steps` must be"),
         ("trainer.log_every_n_steps=0", "trainer.log_every_n_steps must be above 0"),
         ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val must be above 0"),
+        (
+            "trainer.precision=bf16-mixed trainer.gradient_clip_val=1.0",
+            "trainer.precision=bf16-mixed with trainer.gradient_clip_val needs optimizer.fused=false",
+        ),
         ("optimizer.lr=-1", "torch.optim.AdamW: Invalid learning rate: -1"),
         ("data.window_size=0", "data.window_size must be at least 1"),
         ("data.global_batch_size=0", "data.global_batch_size must be at least 1"),

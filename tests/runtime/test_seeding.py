@@ -1,5 +1,6 @@
 """Draws are Philox, and depend on (seed, position, purpose) alone."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,10 +14,11 @@ from ipa_train.runtime.seeding import Draws, philox
         (0xFFFFFFFF, 0xFFFFFFFF, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
     ],
 )
-def test_published_vectors(counter, key, words):
+@pytest.mark.parametrize("array", [torch.tensor, np.array])
+def test_published_vectors(counter, key, words, array):
     """kat_vectors of Random123, philox4x32-10."""
-    c = torch.tensor([counter])
-    assert tuple(int(w) for w in philox(c, c, c, c, (key, key))) == words
+    c = array([counter])
+    assert tuple(w.item() for w in philox(c, c, c, c, (key, key))) == words
 
 
 def test_a_sample_draws_the_same_in_any_batch():

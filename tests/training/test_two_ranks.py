@@ -13,7 +13,7 @@ from tests.training.toy import Images, ToyTraining, make_trainer
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+def two_ranks(tmp_path_factory, tiny_models):
     """The folder of the run, and what each of two gloo processes saw."""
     root = tmp_path_factory.mktemp("two_ranks")
     with socket.socket() as probe:
@@ -32,7 +32,7 @@ def two_ranks(tmp_path_factory):
             "LOCAL_RANK": str(rank),
             "GROUP_RANK": "0",
         }
-        command = [sys.executable, str(Path(__file__).with_name("two_ranks.py")), str(root)]
+        command = [sys.executable, str(Path(__file__).with_name("two_ranks.py")), str(root), *map(str, tiny_models)]
         processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     saw = []
     for process in processes:
@@ -59,6 +59,11 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both(two_ranks):
     assert [float(row["train/skipped_steps"]) for row in rows] == [0, 1, 0, 0]
     assert "step 2 skipped: its gradients were not finite (rank 1: shard/0012" in first["stderr"]
     assert "skipped" not in second["stderr"]
+
+
+def test_the_host_waits_at_checkpoints_and_log_steps_alone_also_among_ranks(two_ranks):
+    for saw in two_ranks[1]:
+        assert saw["waits"] == [["end", 2], ["end", 3]]
 
 
 def test_two_ranks_train_like_one_with_the_same_global_batch(two_ranks):

@@ -3,12 +3,18 @@
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader
 
+from ipa_train.adapter import LinearProjector
+from ipa_train.bases import StableDiffusion
+from ipa_train.conditioning import CLIPImageEncoder, ConditionDropout
+from ipa_train.diffusion import Objective, UniformTimesteps
 from ipa_train.errors import CheckpointError, TrainingError
 from ipa_train.runtime.distributed import gather_objects, rank, sum_over_ranks
 from ipa_train.training.callbacks.checkpointing import Checkpointing
@@ -17,12 +23,18 @@ from ipa_train.training.callbacks.metric_logging import MetricLogging
 from ipa_train.training.checkpoint import AdapterCheckpointIO, list_checkpoints
 from ipa_train.training.csv_log import CSVLog
 from ipa_train.training.metrics import RunningMeans
-from tests.training.toy import Images, ToyTraining, make_trainer
+from ipa_train.training.module import AdapterTraining
+from ipa_train.training.optim import LRSchedule
+from tests.training.conftest import make_batch
+from tests.training.host_waits import HostWaits
+from tests.training.toy import FUSED_ADAMW, Images, ToyTraining, make_trainer
 
 
-def fit(folder, max_steps, *, poison=(), module=None, guard=None):
+def fit(folder, max_steps, *, poison=(), module=None, guard=None, first=(), log_every_n_steps=1, loader=None):
     module = module or ToyTraining()
+    loader = loader or Images(poison=poison, rank=rank(), world_size=2).loader()
     callbacks = [
+        *first,
         guard or GradientGuard(),
         MetricLogging(progress=False),
         Checkpointing(folder=str(folder / "checkpoints"), every_steps=2),
@@ -33,9 +45,9 @@ def fit(folder, max_steps, *, poison=(), module=None, guard=None):
         devices=2,
         strategy=DDPStrategy(process_group_backend="gloo"),
         logger=CSVLog(path=str(folder / "metrics.csv")),
-        log_every_n_steps=1,
+        log_every_n_steps=log_every_n_steps,
     )
-    trainer.fit(module, Images(poison=poison, rank=rank(), world_size=2).loader())
+    trainer.fit(module, loader)
     return module
 
 
@@ -45,6 +57,20 @@ def error_of(function):
     except (CheckpointError, TrainingError) as error:
         return str(error)
     return None
+
+
+def real_module(base, image_encoder):
+    """The module that a run has, on tiny models in these folders."""
+    return AdapterTraining(
+        base=StableDiffusion.from_pretrained(base, dtype="float32"),
+        image_encoder=CLIPImageEncoder.from_pretrained(image_encoder, dtype="float32"),
+        projector=partial(LinearProjector),
+        objective=partial(Objective),
+        optimizer=partial(FUSED_ADAMW, lr=1e-3),
+        timesteps=UniformTimesteps(),
+        dropout=ConditionDropout(),
+        lr_schedule=LRSchedule(),
+    )
 
 
 class FullOnRankZero(ToyTraining):
@@ -79,6 +105,13 @@ def main():
     saw["full_disk"] = error_of(lambda: fit(root / "full", 4, module=FullOnRankZero()))
     guard = GradientGuard(max_in_a_row=2)
     saw["not_finite"] = error_of(lambda: fit(root / "poison", 9, poison=range(8, 999, 9), guard=guard))
+
+    waits = HostWaits()
+    batches = DataLoader([make_batch([2 * i + rank()]) for i in range(3)], batch_size=None)
+    with waits.watching():
+        options = {"module": real_module(*sys.argv[2:]), "loader": batches, "log_every_n_steps": 3}
+        fit(root / "real", 3, first=[waits], **options)
+    saw["waits"] = sorted({(phase, step) for phase, step, _ in waits.found})
     sys.stdout.write("SAW " + json.dumps(saw) + "\n")
     dist.destroy_process_group()
 

@@ -129,7 +129,7 @@ def _skips_by_itself(optimizer: Optimizer) -> bool:
 
     torch's fused SGD would, but for a first step: it then goes on from momentum that was never written.
     """
-    return isinstance(optimizer, Adam) and all(group["fused"] for group in optimizer.param_groups)
+    return isinstance(optimizer, Adam) and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def _warn(step: _Skipped, keys_of_ranks: list[list[str]]) -> None:
