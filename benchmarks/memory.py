@@ -50,6 +50,7 @@ class Case:
 
 
 CASES = {
+    "small": Case(1 / 4, torch.float32, 256, 4),
     "quarter": Case(1 / 4, torch.float32, 256, 8),
     "quarter, VAE online": Case(1 / 4, torch.float32, 256, 8, online=True),
     "half": Case(1 / 2, torch.bfloat16, 256, 8),

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -48,14 +49,13 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key, size = storage._cdata, storage.nbytes()
         if key in self._storages:
             return
-
-        def release(_: weakref.ref[Any]) -> None:
-            del self._storages[key]
-            self.live -= size
-
-        self._storages[key] = weakref.ref(storage, release)
+        self._storages[key] = weakref.ref(storage, partial(self._release, key, size))
         self.live += size
         self.peak = max(self.peak, self.live)
+
+    def _release(self, key: int, size: int, _: weakref.ref[Any]) -> None:
+        del self._storages[key]
+        self.live -= size
 
 
 def tensor_bytes(tensor: Tensor) -> int:

@@ -68,7 +68,9 @@ def rehearse(module: AdapterTraining, batch: Batch, *, accumulates: bool = False
         if not accumulates:
             for parameter in trained:
                 parameter.grad = None
-        torch.autograd.backward(loss)
+        # Not ``loss.backward()``: a function mode is off within the functions that it may replace, and this is one.
+        engine = torch.autograd.Variable._execution_engine
+        engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
     # With gradients enabled, a backward pass runs nothing but forwards that it lacks the results of.
     recomputed_flops = flops.with_grad - forward_flops
     return Rehearsal(
