@@ -139,7 +139,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(make_module):
 def test_the_log_says_how_much_arithmetic_is_done(make_module, tmp_path):
     """From images per second; of other buckets in proportion to their pixels."""
     module = make_module()
-    per_image = [rehearse(module, make_batch(range(1), size=size)).model_flops for size in (32, 64)]
+    per_image = [rehearse(module, make_batch(range(1), size=size)).model_flops for size in (32, 64, 56)]
     log = CSVLog(path=str(tmp_path / "metrics.csv"))
     batches = [make_batch(range(4)) for _ in range(4)]
     trainer = make_trainer(4, [MetricLogging(progress=False)], logger=log, log_every_n_steps=2)
@@ -147,8 +147,9 @@ def test_the_log_says_how_much_arithmetic_is_done(make_module, tmp_path):
     for row in rows(log.path):
         assert float(row["perf/tflops"]) == pytest.approx(float(row["perf/images_per_second"]) * per_image[0] / 1e12)
         assert "perf/mfu" not in row, "this CPU's peak is not known"
-    arithmetic = Arithmetic(module, make_batch(range(2)))
-    assert arithmetic.metrics(64 * 64)["perf/tflops"] * 1e12 == pytest.approx(per_image[1], rel=0.1)
+    arithmetic = Arithmetic(module, make_batch(range(2), size=64))
+    assert arithmetic.metrics(64 * 64)["perf/tflops"] * 1e12 == pytest.approx(per_image[1])
+    assert arithmetic.metrics(56 * 56)["perf/tflops"] * 1e12 == pytest.approx(per_image[2], rel=0.1)
 
 
 def test_a_run_that_does_not_fit_is_refused_with_what_would(make_module):
@@ -156,9 +157,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(make_module):
     small = Device("Small", RESERVE_GIB + forecast(module, batch.blank(5)).peak_gib, None, is_here=False)
     plan = Plan(world_size=1, num_micro_batches=1, batch_size=8)
     found = forecast_memory(module, batch, plan)
-    with pytest.raises(
-        ConfigError, match=r"of 8 samples needs .* Small has room for .*: set data.batch_size=4, or acc"
-    ):
+    with pytest.raises(ConfigError, match=r"of 8 samples needs .* Small has room .*: set data.batch_size=4, or acc"):
         list(describe_memory(module, batch, plan, small, found))
     fitting = Plan(world_size=1, num_micro_batches=2, batch_size=4)
     lines = list(describe_memory(module, batch, fitting, small, forecast_memory(module, batch, fitting)))
