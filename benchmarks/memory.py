@@ -118,11 +118,11 @@ def make_batch(case: Case) -> Batch:
 def measure_here(case: Case) -> float:
     """GiB that the models and two steps need; this process must have done nothing before."""
     _train(Case(1 / 4, case.dtype, 64, 1, online=True))  # so that what libraries load at first use does not count
-    before = _status_gib("VmRSS")
+    before = status_gib("VmRSS")
     module = make_module(case, "cpu")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew: making models takes more
     _train(case, module)
-    return _status_gib("VmHWM") - before
+    return status_gib("VmHWM") - before
 
 
 def _train(case: Case, module: AdapterTraining | None = None) -> None:
@@ -139,7 +139,8 @@ def _train(case: Case, module: AdapterTraining | None = None) -> None:
         del loss
 
 
-def _status_gib(name: str) -> float:
+def status_gib(name: str) -> float:
+    """An entry of this process's status file: ``VmRSS``, memory in use, or ``VmHWM``, the most so far."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**20
 

@@ -1,4 +1,4 @@
-"""Frozen models of released sizes, and a small one shaped as SD 1.5, with random weights: nothing is downloaded."""
+"""Frozen models of released sizes, and smaller ones of their shapes, with random weights: nothing is downloaded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +46,14 @@ SMALL_UNET = {
     "attention_head_dim": 2,
     "cross_attention_dim": 192,
 }
+# To see that everything runs.
+TINY_UNET = {
+    **SD15_UNET,
+    "block_out_channels": (32, 32, 64, 64),
+    "norm_num_groups": 8,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 64,
+}
 SDXL_UNET: dict[str, Any] = {
     "sample_size": 128,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -58,6 +66,16 @@ SDXL_UNET: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
     "cross_attention_dim": 2048,
+}
+TINY_SDXL_UNET = {
+    **SDXL_UNET,
+    "block_out_channels": (32, 32, 64),
+    "norm_num_groups": 8,
+    "attention_head_dim": (2, 2, 4),
+    "transformer_layers_per_block": (1, 1, 2),
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 64,
+    "cross_attention_dim": 64 + 64,
 }
 SD35_MEDIUM: dict[str, Any] = {
     "num_layers": 24,
@@ -75,6 +93,7 @@ VAE: dict[str, Any] = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
 SMALL_VAE = {**VAE, "block_out_channels": (32, 64, 128, 128)}
+TINY_VAE = {**VAE, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4}
 VAE16 = {**VAE, "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
 _TOKENS = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}  # of the tokenizer that stands in for CLIP's
 CLIP_L_TEXT: dict[str, Any] = {
@@ -87,6 +106,15 @@ CLIP_L_TEXT: dict[str, Any] = {
     **_TOKENS,
 }
 SMALL_TEXT = {**CLIP_L_TEXT, "hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3}
+TINY_TEXT = {
+    **CLIP_L_TEXT,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "projection_dim": 64,
+    "vocab_size": 514,
+}
 BIG_G_TEXT = {
     **CLIP_L_TEXT,
     "hidden_size": 1280,
@@ -121,6 +149,15 @@ SMALL_VISION = {
     "num_attention_heads": 4,
     "projection_dim": 256,
 }
+TINY_VISION = {
+    **VIT_H,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "projection_dim": 64,
+    "image_size": 56,
+}
 
 
 def noise_schedule() -> DDIMScheduler:
@@ -140,13 +177,13 @@ def _sd(unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any]) -> Stab
     )
 
 
-def _sdxl() -> StableDiffusionXL:
+def _sdxl(unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any], text_2: dict[str, Any]) -> StableDiffusionXL:
     return StableDiffusionXL(
-        unet=UNet2DConditionModel(**SDXL_UNET),
-        vae=FrozenVAE(AutoencoderKL(**{**VAE, "scaling_factor": 0.13025})),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**CLIP_L_TEXT)),
+        unet=UNet2DConditionModel(**unet),
+        vae=FrozenVAE(AutoencoderKL(**{**vae, "scaling_factor": 0.13025})),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
         tokenizer=tiny_tokenizer(),
-        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**BIG_G_TEXT)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text_2)),
         tokenizer_2=tiny_tokenizer(),
         scheduler=noise_schedule(),
     )
@@ -189,9 +226,11 @@ class Size:
 
 
 SIZES = {
+    "tiny": Size(partial(_sd, TINY_UNET, TINY_VAE, TINY_TEXT), TINY_VISION, 64),
+    "tiny-sdxl": Size(partial(_sdxl, TINY_SDXL_UNET, TINY_VAE, TINY_TEXT, TINY_TEXT), TINY_VISION, 64),
     "small": Size(partial(_sd, SMALL_UNET, SMALL_VAE, SMALL_TEXT), SMALL_VISION, 256),
     "sd15": Size(partial(_sd, SD15_UNET, VAE, CLIP_L_TEXT), VIT_H, 512),
-    "sdxl": Size(_sdxl, BIG_G, 1024),
+    "sdxl": Size(partial(_sdxl, SDXL_UNET, VAE, CLIP_L_TEXT, BIG_G_TEXT), BIG_G, 1024),
     "sd3": Size(_sd3, VIT_H, 1024),
     "flux": Size(_flux, VIT_H, 1024),
 }
@@ -215,6 +254,8 @@ def build(name: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") 
     base.dtype = dtype
     for module in (base, vision):
         nn.Module.to(module, dtype)
+    if isinstance(base, StableDiffusionXL):
+        base.vae.float()  # as it is loaded: its activations overflow in half precision
     base.requires_grad_(False).eval()
     loaded = Pretrained(vision.eval(), path=name, subfolder="", precision=dtype)
     return base, CLIPImageEncoder(loaded, image_size=size.vision["image_size"], layer=-2)
