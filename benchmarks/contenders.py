@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -120,7 +121,6 @@ class AutocastStep:
         self.base, self.image_encoder = training.base, training.image_encoder
         self.trained = list(training.adapter.parameters())
         self.optimizer = torch.optim.AdamW(self.trained, 1e-4, weight_decay=0.01)
-        self._console = open(os.devnull, "w")  # noqa: PTH123, SIM115
 
     def be_lean(self, lean: bool) -> None:
         """Whether to go without a loss fetched and printed."""
@@ -140,7 +140,8 @@ class AutocastStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if not self.lean:
-            print(f"step_loss: {mean}", file=self._console)
+            with Path(os.devnull).open("w") as console:
+                print(f"step_loss: {mean}", file=console)
 
 
 def make_reference(

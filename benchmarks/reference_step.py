@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,7 +133,6 @@ class ReferenceStep(nn.Module):
         self.branches.requires_grad_(True)
         self.scheduler = DDPMScheduler.from_config(base.scheduler.config)
         self.optimizer = torch.optim.AdamW(self.trained, lr, weight_decay=0.01)
-        self._console = open(os.devnull, "w")  # noqa: PTH123, SIM115
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -215,7 +215,8 @@ class ReferenceStep(nn.Module):
         self.optimizer.step()
         self.optimizer.zero_grad()
         if not self.lean:
-            print(f"step_loss: {mean}", file=self._console)
+            with Path(os.devnull).open("w") as console:
+                print(f"step_loss: {mean}", file=console)
 
 
 def tokenise(base: UNetBase, captions: Sequence[str], device: torch.device) -> tuple[Tensor, ...]:

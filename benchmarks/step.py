@@ -11,7 +11,7 @@ there is no tutorial: the reference is our own step with fp32 weights under auto
 
 import argparse
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -114,7 +114,8 @@ def _cells(case: Any, batch_size: int) -> list[str]:
     return ["" if value is None else format(value, form) for value, form in cells]
 
 
-def _arguments() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's options; compilation is left out, and said to be, where there is no compiler."""
     arguments = parser(__doc__)
     arguments.add_argument("--base", choices=SIZES, default="small", help="default: small")
     arguments.add_argument("--variant", choices=VARIANTS, default="linear", help="default: linear")
@@ -127,7 +128,7 @@ def _arguments() -> argparse.Namespace:
     arguments.add_argument("--steps", type=int, default=1, help="of a case, in a round; default: 1")
     arguments.add_argument("--compile", choices=("none", "blocks", "whole"), default="blocks", help="default: blocks")
     arguments.add_argument("--verify-only", action="store_true", help="compare loss and gradients, and stop")
-    args = arguments.parse_args()
+    args = arguments.parse_args(argv)
     args.resolution = args.resolution or SIZES[args.base].resolution
     if args.compile != "none":
         try:
@@ -139,7 +140,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = _arguments()
+    args = parse()
     torch.set_num_threads(1)
     setting = Setting(args.base, args.variant, args.resolution, args.device)
     checked = replace(setting, resolution=min(args.resolution, _CHECKED_RESOLUTION))

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import OurStep, Setting, for_reference, make_batch, make_reference, make_training
-from benchmarks.ladder import OURS, OURS_ONLINE, REFERENCE, REFERENCE_CACHED
+from benchmarks.ladder import OURS, OURS_ONLINE, REFERENCE
 from benchmarks.memory import ENVIRONMENT, status_gib
 
-CASES = (REFERENCE, REFERENCE_CACHED, OURS, OURS_ONLINE)
+CASES = (REFERENCE, OURS, OURS_ONLINE)
 
 
 def peak_gib(setting: Setting, case: str, batch_size: int) -> float | None:
@@ -51,13 +51,12 @@ def _measure_here(setting: Setting, case: str, batch_size: int) -> float | None:
 
 
 def _make_step(setting: Setting, case: str, batch_size: int) -> Callable[[], None]:
-    cached = case in (REFERENCE_CACHED, OURS)
-    if case in (OURS, OURS_ONLINE):
-        training = make_training(setting)
-        return partial(OurStep(training).step, make_batch(setting, training, batch_size, cached=cached))
-    reference: Any = make_reference(setting)
-    batch = make_batch(setting, reference, batch_size, cached=cached)
-    return partial(reference.step, for_reference(setting, reference, batch))
+    if case == REFERENCE:
+        reference: Any = make_reference(setting)
+        batch = make_batch(setting, reference, batch_size, cached=False)
+        return partial(reference.step, for_reference(setting, reference, batch))
+    training = make_training(setting)
+    return partial(OurStep(training).step, make_batch(setting, training, batch_size, cached=case == OURS))
 
 
 def _run_twice(step: Callable[[], None]) -> None:
