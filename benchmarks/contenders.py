@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.reference_step import Given, ReferenceBatch, ReferenceStep, tokenise
 from benchmarks.sizes import build
 from ipa_train.acceleration import Acceleration
-from ipa_train.adapter import LinearProjector, Projector, Resampler
+from ipa_train.adapter import LinearProjector, Projector, Resampler, TimeResampler
 from ipa_train.adapter.tokens import ImageTokens
 from ipa_train.bases import MicroConditioning, TextConditioning, UNetBase
 from ipa_train.conditioning import ConditionDropout
@@ -28,7 +28,7 @@ from ipa_train.runtime.seeding import Draws
 from ipa_train.training.module import AdapterTraining
 from ipa_train.training.optim import LRSchedule
 
-VARIANTS: Mapping[str, type[LinearProjector] | type[Resampler]] = {"linear": LinearProjector, "plus": Resampler}
+VARIANTS: Mapping[str, type[Projector]] = {"linear": LinearProjector, "plus": Resampler, "sd3": TimeResampler}
 SEED = 0
 _SDXL_PLUS = {"dim": 1280, "heads": 20}  # of its released files
 
@@ -157,13 +157,14 @@ def make_reference(
     projector: Any = training.adapter.projector
     ours = [weight for branch in training.adapter.branches.values() for weight in branch.parameters()]
     training.adapter.detach()
-    reference = ReferenceStep(
-        base=base,
-        image_encoder=image_encoder,
-        projector=projector,
-        num_tokens=projector.num_tokens,
-        precision=precision,
-    ).to(setting.device)
+    with torch.device(setting.device):
+        reference = ReferenceStep(
+            base=base,
+            image_encoder=image_encoder,
+            projector=projector,
+            num_tokens=projector.num_tokens,
+            precision=precision,
+        )
     with torch.no_grad():
         for theirs, weight in zip(reference.branches.parameters(), ours, strict=True):
             theirs.copy_(weight)

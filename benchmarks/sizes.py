@@ -85,6 +85,17 @@ SD35_MEDIUM: dict[str, Any] = {
     "qk_norm": "rms_norm",
     "dual_attention_layers": tuple(range(13)),
 }
+FLUX: dict[str, Any] = {"guidance_embeds": True}
+TINY_FLUX = {
+    **FLUX,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 64,
+    "axes_dims_rope": (4, 4, 8),
+}
 VAE: dict[str, Any] = {
     "sample_size": 512,
     "block_out_channels": (128, 256, 512, 512),
@@ -94,7 +105,8 @@ VAE: dict[str, Any] = {
 }
 SMALL_VAE = {**VAE, "block_out_channels": (32, 64, 128, 128)}
 TINY_VAE = {**VAE, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4}
-VAE16 = {**VAE, "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+SD3_LATENTS: dict[str, Any] = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+FLUX_LATENTS: dict[str, Any] = {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
 _TOKENS = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}  # of the tokenizer that stands in for CLIP's
 CLIP_L_TEXT: dict[str, Any] = {
     "hidden_size": 768,
@@ -131,6 +143,7 @@ T5_XXL: dict[str, Any] = {
     "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }
+TINY_T5 = {**T5_XXL, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 128}
 VIT_H: dict[str, Any] = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
@@ -192,7 +205,7 @@ def _sdxl(unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any], text_
 def _sd3() -> StableDiffusion3:
     return StableDiffusion3(
         transformer=SD3Transformer2DModel(**SD35_MEDIUM),
-        vae=FrozenVAE(AutoencoderKL(**VAE16)),
+        vae=FrozenVAE(AutoencoderKL(**VAE, **SD3_LATENTS)),
         text_encoder=CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_L_TEXT)),
         tokenizer=tiny_tokenizer(),
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**BIG_G_TEXT)),
@@ -203,13 +216,13 @@ def _sd3() -> StableDiffusion3:
     )
 
 
-def _flux() -> Flux:
+def _flux(transformer: dict[str, Any], vae: dict[str, Any], text: dict[str, Any], t5: dict[str, Any]) -> Flux:
     return Flux(
-        transformer=FluxTransformer2DModel(guidance_embeds=True),
-        vae=FrozenVAE(AutoencoderKL(**{**VAE16, "scaling_factor": 0.3611, "shift_factor": 0.1159})),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**CLIP_L_TEXT)),
+        transformer=FluxTransformer2DModel(**transformer),
+        vae=FrozenVAE(AutoencoderKL(**vae, **FLUX_LATENTS)),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
         tokenizer=tiny_tokenizer(),
-        text_encoder_2=T5EncoderModel(T5Config(**T5_XXL)),
+        text_encoder_2=T5EncoderModel(T5Config(**t5)),
         tokenizer_2=tiny_t5_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
@@ -228,11 +241,12 @@ class Size:
 SIZES = {
     "tiny": Size(partial(_sd, TINY_UNET, TINY_VAE, TINY_TEXT), TINY_VISION, 64),
     "tiny-sdxl": Size(partial(_sdxl, TINY_SDXL_UNET, TINY_VAE, TINY_TEXT, TINY_TEXT), TINY_VISION, 64),
+    "tiny-flux": Size(partial(_flux, TINY_FLUX, TINY_VAE, TINY_TEXT, TINY_T5), TINY_VISION, 64),
     "small": Size(partial(_sd, SMALL_UNET, SMALL_VAE, SMALL_TEXT), SMALL_VISION, 256),
     "sd15": Size(partial(_sd, SD15_UNET, VAE, CLIP_L_TEXT), VIT_H, 512),
     "sdxl": Size(partial(_sdxl, SDXL_UNET, VAE, CLIP_L_TEXT, BIG_G_TEXT), BIG_G, 1024),
     "sd3": Size(_sd3, VIT_H, 1024),
-    "flux": Size(_flux, VIT_H, 1024),
+    "flux": Size(partial(_flux, FLUX, VAE, CLIP_L_TEXT, T5_XXL), VIT_H, 1024),
 }
 
 

@@ -118,7 +118,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's options; compilation is left out, and said to be, where there is no compiler."""
     arguments = parser(__doc__)
     arguments.add_argument("--base", choices=SIZES, default="small", help="default: small")
-    arguments.add_argument("--variant", choices=VARIANTS, default="linear", help="default: linear")
+    arguments.add_argument("--variant", choices=VARIANTS, help="default: linear, and for sd3 its own")
     arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     arguments.add_argument("--resolution", type=int, help="in pixels; default: what the base is trained at")
     arguments.add_argument("--batch", type=int, nargs="+", default=[4], help="sizes; default: 4")
@@ -129,6 +129,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments.add_argument("--compile", choices=("none", "blocks", "whole"), default="blocks", help="default: blocks")
     arguments.add_argument("--verify-only", action="store_true", help="compare loss and gradients, and stop")
     args = arguments.parse_args(argv)
+    args.variant = args.variant or ("sd3" if args.base == "sd3" else "linear")
     args.resolution = args.resolution or SIZES[args.base].resolution
     if args.compile != "none":
         try:

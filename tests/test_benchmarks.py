@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from benchmarks import cache, loader, scaling, step
-from benchmarks.equality import Equality
-from benchmarks.ladder import OURS, OURS_ONLINE, REFERENCE, REFERENCE_CACHED, Case
+from benchmarks.contenders import OurStep, Setting, make_reference, make_training
+from benchmarks.equality import Equality, compare
+from benchmarks.ladder import OURS, OURS_ONLINE, REFERENCE, REFERENCE_CACHED, Case, make_cases
 from benchmarks.scaling_model import Cluster
 
 
@@ -104,6 +105,21 @@ def test_step(tmp_path):
 
 
 PAIRS = ((REFERENCE, REFERENCE_CACHED), (OURS_ONLINE, OURS))
+
+
+# What autocast makes of norms whose weights are fp32, as every script that trains Flux under it is told.
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+def test_step_without_a_tutorial():
+    setting = Setting("tiny-flux", "linear", 128, "cpu")
+    assert compare(setting, 8).holds
+    ours, reference = OurStep(make_training(setting)), make_reference(setting)
+    before = [weight.clone() for weight in reference.trained]
+    cases = make_cases(setting, ours, reference, 2, compiled="none", every_rung=True)
+    found = step.run_cases(cases, "cpu", rounds=1, num_steps=1)["cases"]
+    assert found.keys() == {REFERENCE, REFERENCE_CACHED, "reference, cached, lean", "bf16 weights", OURS, OURS_ONLINE}
+    assert found[OURS]["operations"] < found[REFERENCE_CACHED]["operations"], "no casts of weights"
+    assert any(not weight.equal(old) for weight, old in zip(reference.trained, before, strict=True))
+    assert reference.base.denoiser.dtype == torch.float32
 
 
 def small_product():
