@@ -11,7 +11,7 @@ help:
 	@echo "make setup      the environment, from requirements.lock"
 	@echo "make test       lint, types and all tests"
 	@echo "make compatibility  the table of docs/compatibility.md, written from its tests"
-	@echo "make gpu        on a GPU: the tests that need one, and the benchmark of the training step (about 20 minutes)"
+	@echo "make gpu        on a GPU: the tests that need one, and the benchmark of the training step (20 minutes, estimated)"
 	@echo "make demo       train an adapter on a tiny world, load it in diffusers, draw before and after (about 10 minutes)"
 	@echo "make demo-base  train the demo's base model anew (about an hour)"
 	@echo "make clean      remove .venv and outputs/"
