@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup test lint compatibility demo demo-base clean
+.PHONY: help setup test lint compatibility gpu demo demo-base clean
 
 help:
 	@echo "make setup      the environment, from requirements.lock"
 	@echo "make test       lint, types and all tests"
 	@echo "make compatibility  the table of docs/compatibility.md, written from its tests"
+	@echo "make gpu        on a GPU: the tests that need one, and the benchmark of the training step (20 minutes, estimated)"
 	@echo "make demo       train an adapter on a tiny world, load it in diffusers, draw before and after (about 10 minutes)"
 	@echo "make demo-base  train the demo's base model anew (about an hour)"
 	@echo "make clean      remove .venv and outputs/"
@@ -34,6 +35,15 @@ test: lint $(VENV)/img2dataset/ready
 
 compatibility: setup
 	$(BIN)/pytest tests/compatibility --write-table
+
+STEP := $(BIN)/python -m benchmarks.step --device cuda --batch 32 8 --up-to 1024 --rounds 2 --steps 3
+RESULTS := benchmarks/results
+
+gpu: setup
+	$(BIN)/pytest -m gpu
+	$(STEP) --base sd15 --variant linear --out $(RESULTS)/step_cuda_sd15_linear.json
+	$(STEP) --base sd15 --variant plus --out $(RESULTS)/step_cuda_sd15_plus.json
+	$(STEP) --base sdxl --variant linear --batch 8 32 --out $(RESULTS)/step_cuda_sdxl_linear.json
 
 # An environment of its own: it pins older packages than training needs. It is for the tests of `ipa data download`.
 $(VENV)/img2dataset/ready: data_tools/img2dataset.lock $(VENV)/ready

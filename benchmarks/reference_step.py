@@ -2,14 +2,15 @@
 
 As they run it: the UNet in fp32 under bf16 autocast, the other frozen models in bf16, all encoders online, image tokens
 joined to the text tokens and cut off again in every attention, which also keeps an attention map; AdamW as torch
-defaults to; the loss fetched and printed at every step. ``cached`` and ``lean`` take single habits away, so that
-their costs can be told apart; autocast is off where ``precision`` is float32 (mixed_precision=no).
+defaults to; the loss fetched and printed at every step. A batch that holds features and ``lean`` take single habits
+away, so that their costs can be told apart; autocast is off where ``precision`` is float32 (mixed_precision=no).
 """
 
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,20 +27,21 @@ from ipa_train.conditioning import CLIPImageEncoder
 
 @dataclass(frozen=True)
 class ReferenceBatch:
-    """What the scripts' data loaders yield, and what their caches would hold."""
+    """What the scripts' data loaders yield: pictures, or what a cache would hold of them."""
 
-    pixels: Tensor
-    """(b, 3, h, w), normalised to [-1, 1]."""
-    image_prompts: Tensor
-    """(b, 3, 224, 224), normalised as CLIP's."""
     token_ids: tuple[Tensor, ...]
     """Of each text encoder."""
     drop_image: Sequence[bool]
     time_ids: Tensor | None
     """(b, 6), of SDXL."""
+    pixels: Tensor | None = None
+    """(b, 3, h, w), normalised to [-1, 1]."""
+    image_prompts: Tensor | None = None
+    """(b, 3, 224, 224), normalised as CLIP's."""
     latents: Tensor | None = None
-    """(b, 4, h / 8, w / 8), scaled, where they are cached."""
+    """(b, 4, h / 8, w / 8), scaled; in place of pixels."""
     image_features: Tensor | None = None
+    """In place of image prompts."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,9 @@ class Given:
 class JoinedTokensAttention(nn.Module):
     """Cross-attention over text tokens and, behind them, image tokens, each with keys and values of its own."""
 
-    def __init__(self, hidden_size: int, context_size: int, num_tokens: int, *, keep_map: bool) -> None:
+    def __init__(self, hidden_size: int, context_size: int, num_tokens: int) -> None:
         super().__init__()
-        self.num_tokens, self.keep_map, self.scale = num_tokens, keep_map, 1.0
+        self.num_tokens, self.keep_map, self.scale = num_tokens, True, 1.0
         self.to_k_ip = nn.Linear(context_size, hidden_size, bias=False)
         self.to_v_ip = nn.Linear(context_size, hidden_size, bias=False)
 
@@ -96,8 +98,6 @@ class ReferenceStep(nn.Module):
         projector: trained; initial weights as given.
         num_tokens: that the projector makes.
         precision: bfloat16 (autocast) or float32.
-        cached: latents and image features come with the batch.
-        lean: no attention map, and no loss fetched and printed.
     """
 
     def __init__(
@@ -108,14 +108,12 @@ class ReferenceStep(nn.Module):
         projector: Projector,
         num_tokens: int,
         precision: torch.dtype = torch.bfloat16,
-        cached: bool = False,
-        lean: bool = False,
         lr: float = 1e-4,
     ) -> None:
         super().__init__()
         assert isinstance(projector, (LinearProjector, Resampler))
         self.base, self.image_encoder, self.projector = base, image_encoder, projector
-        self.precision, self.cached, self.lean = precision, cached, lean
+        self.precision, self.lean = precision, False
         nn.Module.to(base.unet, torch.float32, memory_format=torch.contiguous_format)
         # The SDXL script leaves its VAE in fp32: it overflows in fp16.
         vae_precision = torch.float32 if isinstance(base, StableDiffusionXL) else precision
@@ -126,7 +124,7 @@ class ReferenceStep(nn.Module):
             if "attn1" in name:
                 processors[name] = AttnProcessor2_0()
                 continue
-            processor = JoinedTokensAttention(*attention.to_k.weight.shape, num_tokens, keep_map=not lean)
+            processor = JoinedTokensAttention(*attention.to_k.weight.shape, num_tokens)
             processor.to_k_ip.load_state_dict({"weight": attention.to_k.weight})
             processor.to_v_ip.load_state_dict({"weight": attention.to_v.weight})
             processors[name] = processor
@@ -134,10 +132,19 @@ class ReferenceStep(nn.Module):
         self.branches = nn.ModuleList(base.unet.attn_processors[name] for name in processors if "attn2" in name)
         self.branches.requires_grad_(True)
         self.scheduler = DDPMScheduler.from_config(base.scheduler.config)
-        self.optimizer = torch.optim.AdamW(
-            [*projector.parameters(), *self.branches.parameters()], lr, weight_decay=0.01
-        )
-        self._console = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        self.optimizer = torch.optim.AdamW(self.trained, lr, weight_decay=0.01)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """In the order of interchange files: the projection, then keys and values by attention."""
+        return [*self.projector.parameters(), *self.branches.parameters()]
+
+    def be_lean(self, lean: bool) -> None:
+        """Whether to go without attention maps, and without a loss fetched and printed."""
+        self.lean = lean
+        for branch in self.branches:
+            branch.keep_map = not lean
+            branch.attn_map = None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Around the UNet and the projection, as accelerate wraps the module that it is given."""
@@ -156,15 +163,14 @@ class ReferenceStep(nn.Module):
 
     def features(self, batch: ReferenceBatch) -> Tensor:
         """Of the image prompts; those that are dropped are zeros (pooled), or zero pixels (hidden states)."""
-        plus = isinstance(self.projector, Resampler)
-        prompts = batch.image_prompts.to(self.image_encoder.dtype)
-        if self.cached:
-            assert batch.image_features is not None
+        if batch.image_features is not None:
             features = batch.image_features.to(self.image_encoder.dtype)
-        elif plus:
-            rows = [torch.zeros_like(p) if gone else p for p, gone in zip(prompts, batch.drop_image, strict=True)]
-            return self.image_encoder.model(torch.stack(rows), output_hidden_states=True).hidden_states[-2]
         else:
+            assert batch.image_prompts is not None
+            prompts = batch.image_prompts.to(self.image_encoder.dtype)
+            if isinstance(self.projector, Resampler):
+                rows = [torch.zeros_like(p) if gone else p for p, gone in zip(prompts, batch.drop_image, strict=True)]
+                return self.image_encoder.model(torch.stack(rows), output_hidden_states=True).hidden_states[-2]
             features = self.image_encoder.model(prompts).image_embeds
         pairs = zip(features, batch.drop_image, strict=True)
         return torch.stack([torch.zeros_like(row) if gone else row for row, gone in pairs])
@@ -172,10 +178,10 @@ class ReferenceStep(nn.Module):
     def loss(self, batch: ReferenceBatch, given: Given | None = None) -> Tensor:
         """The mean squared error of the predicted noise."""
         with torch.no_grad():
-            if self.cached:
-                assert batch.latents is not None
+            if batch.latents is not None:
                 latents = batch.latents.to(self.precision)
             else:
+                assert batch.pixels is not None
                 vae = self.base.vae.model
                 posterior = vae.encode(batch.pixels.to(vae.dtype)).latent_dist
                 if given is None:
@@ -209,7 +215,8 @@ class ReferenceStep(nn.Module):
         self.optimizer.step()
         self.optimizer.zero_grad()
         if not self.lean:
-            print(f"step_loss: {mean}", file=self._console)
+            with Path(os.devnull).open("w") as console:
+                print(f"step_loss: {mean}", file=console)
 
 
 def tokenise(base: UNetBase, captions: Sequence[str], device: torch.device) -> tuple[Tensor, ...]:

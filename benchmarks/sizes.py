@@ -1,4 +1,4 @@
-"""Frozen models of released sizes, and a small one shaped as SD 1.5, with random weights: nothing is downloaded."""
+"""Frozen models of released sizes, and smaller ones of their shapes, with random weights: nothing is downloaded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +46,14 @@ SMALL_UNET = {
     "attention_head_dim": 2,
     "cross_attention_dim": 192,
 }
+# To see that everything runs.
+TINY_UNET = {
+    **SD15_UNET,
+    "block_out_channels": (32, 32, 64, 64),
+    "norm_num_groups": 8,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 64,
+}
 SDXL_UNET: dict[str, Any] = {
     "sample_size": 128,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -59,6 +67,16 @@ SDXL_UNET: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 2816,
     "cross_attention_dim": 2048,
 }
+TINY_SDXL_UNET = {
+    **SDXL_UNET,
+    "block_out_channels": (32, 32, 64),
+    "norm_num_groups": 8,
+    "attention_head_dim": (2, 2, 4),
+    "transformer_layers_per_block": (1, 1, 2),
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 64,
+    "cross_attention_dim": 64 + 64,
+}
 SD35_MEDIUM: dict[str, Any] = {
     "num_layers": 24,
     "num_attention_heads": 24,
@@ -66,6 +84,17 @@ SD35_MEDIUM: dict[str, Any] = {
     "pos_embed_max_size": 384,
     "qk_norm": "rms_norm",
     "dual_attention_layers": tuple(range(13)),
+}
+FLUX: dict[str, Any] = {"guidance_embeds": True}
+TINY_FLUX = {
+    **FLUX,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 64,
+    "axes_dims_rope": (4, 4, 8),
 }
 VAE: dict[str, Any] = {
     "sample_size": 512,
@@ -75,7 +104,9 @@ VAE: dict[str, Any] = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
 SMALL_VAE = {**VAE, "block_out_channels": (32, 64, 128, 128)}
-VAE16 = {**VAE, "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+TINY_VAE = {**VAE, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4}
+SD3_LATENTS: dict[str, Any] = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+FLUX_LATENTS: dict[str, Any] = {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
 _TOKENS = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}  # of the tokenizer that stands in for CLIP's
 CLIP_L_TEXT: dict[str, Any] = {
     "hidden_size": 768,
@@ -87,6 +118,15 @@ CLIP_L_TEXT: dict[str, Any] = {
     **_TOKENS,
 }
 SMALL_TEXT = {**CLIP_L_TEXT, "hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3}
+TINY_TEXT = {
+    **CLIP_L_TEXT,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "projection_dim": 64,
+    "vocab_size": 514,
+}
 BIG_G_TEXT = {
     **CLIP_L_TEXT,
     "hidden_size": 1280,
@@ -103,6 +143,7 @@ T5_XXL: dict[str, Any] = {
     "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }
+TINY_T5 = {**T5_XXL, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 128}
 VIT_H: dict[str, Any] = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
@@ -120,6 +161,15 @@ SMALL_VISION = {
     "intermediate_size": 1280,
     "num_attention_heads": 4,
     "projection_dim": 256,
+}
+TINY_VISION = {
+    **VIT_H,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "projection_dim": 64,
+    "image_size": 56,
 }
 
 
@@ -140,13 +190,13 @@ def _sd(unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any]) -> Stab
     )
 
 
-def _sdxl() -> StableDiffusionXL:
+def _sdxl(unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any], text_2: dict[str, Any]) -> StableDiffusionXL:
     return StableDiffusionXL(
-        unet=UNet2DConditionModel(**SDXL_UNET),
-        vae=FrozenVAE(AutoencoderKL(**{**VAE, "scaling_factor": 0.13025})),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**CLIP_L_TEXT)),
+        unet=UNet2DConditionModel(**unet),
+        vae=FrozenVAE(AutoencoderKL(**{**vae, "scaling_factor": 0.13025})),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
         tokenizer=tiny_tokenizer(),
-        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**BIG_G_TEXT)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text_2)),
         tokenizer_2=tiny_tokenizer(),
         scheduler=noise_schedule(),
     )
@@ -155,7 +205,7 @@ def _sdxl() -> StableDiffusionXL:
 def _sd3() -> StableDiffusion3:
     return StableDiffusion3(
         transformer=SD3Transformer2DModel(**SD35_MEDIUM),
-        vae=FrozenVAE(AutoencoderKL(**VAE16)),
+        vae=FrozenVAE(AutoencoderKL(**VAE, **SD3_LATENTS)),
         text_encoder=CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_L_TEXT)),
         tokenizer=tiny_tokenizer(),
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**BIG_G_TEXT)),
@@ -166,13 +216,13 @@ def _sd3() -> StableDiffusion3:
     )
 
 
-def _flux() -> Flux:
+def _flux(transformer: dict[str, Any], vae: dict[str, Any], text: dict[str, Any], t5: dict[str, Any]) -> Flux:
     return Flux(
-        transformer=FluxTransformer2DModel(guidance_embeds=True),
-        vae=FrozenVAE(AutoencoderKL(**{**VAE16, "scaling_factor": 0.3611, "shift_factor": 0.1159})),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**CLIP_L_TEXT)),
+        transformer=FluxTransformer2DModel(**transformer),
+        vae=FrozenVAE(AutoencoderKL(**vae, **FLUX_LATENTS)),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
         tokenizer=tiny_tokenizer(),
-        text_encoder_2=T5EncoderModel(T5Config(**T5_XXL)),
+        text_encoder_2=T5EncoderModel(T5Config(**t5)),
         tokenizer_2=tiny_t5_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
@@ -189,11 +239,14 @@ class Size:
 
 
 SIZES = {
+    "tiny": Size(partial(_sd, TINY_UNET, TINY_VAE, TINY_TEXT), TINY_VISION, 64),
+    "tiny-sdxl": Size(partial(_sdxl, TINY_SDXL_UNET, TINY_VAE, TINY_TEXT, TINY_TEXT), TINY_VISION, 64),
+    "tiny-flux": Size(partial(_flux, TINY_FLUX, TINY_VAE, TINY_TEXT, TINY_T5), TINY_VISION, 64),
     "small": Size(partial(_sd, SMALL_UNET, SMALL_VAE, SMALL_TEXT), SMALL_VISION, 256),
     "sd15": Size(partial(_sd, SD15_UNET, VAE, CLIP_L_TEXT), VIT_H, 512),
-    "sdxl": Size(_sdxl, BIG_G, 1024),
+    "sdxl": Size(partial(_sdxl, SDXL_UNET, VAE, CLIP_L_TEXT, BIG_G_TEXT), BIG_G, 1024),
     "sd3": Size(_sd3, VIT_H, 1024),
-    "flux": Size(_flux, VIT_H, 1024),
+    "flux": Size(partial(_flux, FLUX, VAE, CLIP_L_TEXT, T5_XXL), VIT_H, 1024),
 }
 
 
@@ -215,6 +268,8 @@ def build(name: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") 
     base.dtype = dtype
     for module in (base, vision):
         nn.Module.to(module, dtype)
+    if isinstance(base, StableDiffusionXL):
+        base.vae.float()  # as it is loaded: its activations overflow in half precision
     base.requires_grad_(False).eval()
     loaded = Pretrained(vision.eval(), path=name, subfolder="", precision=dtype)
     return base, CLIPImageEncoder(loaded, image_size=size.vision["image_size"], layer=-2)

@@ -1,12 +1,17 @@
 """The benchmarks run on tiny settings, and their figures are complete."""
 
 import json
+import shlex
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from benchmarks import cache, loader, scaling
+from benchmarks import cache, loader, scaling, step
+from benchmarks.contenders import OurStep, Setting, make_reference, make_training
+from benchmarks.equality import Equality, compare
+from benchmarks.ladder import OURS, OURS_ONLINE, REFERENCE, REFERENCE_CACHED, Case, make_cases
 from benchmarks.scaling_model import Cluster
 
 
@@ -59,6 +64,85 @@ def test_scaling(tmp_path):
     assert fp32["exposed"] < fp32[overlapped] < bf16[overlapped], "half the bytes in as many buckets"
     assert scaling.MEASURED in markdown
     assert scaling.MODELLED in markdown
+
+
+def gpu_commands():
+    """Arguments of each run of the step's benchmark that `make gpu` starts."""
+    lines = subprocess.run(["make", "-n", "gpu"], check=True, capture_output=True, text=True).stdout.splitlines()
+    return [shlex.split(line.partition("benchmarks.step ")[2]) for line in lines if "benchmarks.step " in line]
+
+
+def test_commands_for_a_gpu():
+    found = [step.parse(arguments) for arguments in gpu_commands()]
+    assert [(args.base, args.variant, args.resolution) for args in found] == [
+        ("sd15", "linear", 512),
+        ("sd15", "plus", 512),
+        ("sdxl", "linear", 1024),
+    ]
+    assert all({8, 32} == set(args.batch) and args.up_to > 32 and args.device == "cuda" for args in found)
+
+
+def test_step(tmp_path):
+    """The first of those commands, on a CPU with a tiny model."""
+    out = tmp_path / "step.json"
+    tiny = "--device cpu --base tiny --resolution 64 --batch 2 1 --up-to 2 --steps 1 --compile none"
+    figures, markdown = run(step, out, *gpu_commands()[0], *shlex.split(tiny), "--out", str(out))
+    assert Equality(**figures["equality"]).holds
+    assert figures["batches"].keys() == {"2", "1"}
+    rungs, ends = (figures["batches"][size]["cases"] for size in ("2", "1"))
+    assert ends.keys() == {REFERENCE, REFERENCE_CACHED, OURS, OURS_ONLINE}
+    assert len(rungs) == 8, "the ends, a lean reference, and three rungs between"
+    for cases in (rungs, ends):
+        assert cases[REFERENCE]["times_reference"] == 1
+        assert all(case["tflops"] > 0 for case in cases.values())
+        # Text is encoded on both sides, pictures only where they are not cached.
+        assert all(cases[cached]["operations"] < cases[online]["operations"] for online, cached in PAIRS)
+    assert rungs["+ our forward"]["operations"] < rungs["+ channels_last"]["operations"]
+    assert figures["peak_gib"].keys() == set(step.CASES)
+    assert all(peak > 0 for peak in figures["peak_gib"].values())
+    assert figures["largest_batches"] == {REFERENCE: 2, OURS: 2}
+    assert all(f"| {name} |" in markdown for name in rungs)
+
+
+PAIRS = ((REFERENCE, REFERENCE_CACHED), (OURS_ONLINE, OURS))
+
+
+# What autocast makes of norms whose weights are fp32, as every script that trains Flux under it is told.
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+def test_step_without_a_tutorial():
+    setting = Setting("tiny-flux", "linear", 128, "cpu")
+    assert compare(setting, 8).holds
+    ours, reference = OurStep(make_training(setting)), make_reference(setting)
+    before = [weight.clone() for weight in reference.trained]
+    cases = make_cases(setting, ours, reference, 2, compiled="none", every_rung=True)
+    found = step.run_cases(cases, "cpu", rounds=1, num_steps=1)["cases"]
+    assert found.keys() == {REFERENCE, REFERENCE_CACHED, "reference, cached, lean", "bf16 weights", OURS, OURS_ONLINE}
+    assert found[OURS]["operations"] < found[REFERENCE_CACHED]["operations"], "no casts of weights"
+    assert any(not weight.equal(old) for weight, old in zip(reference.trained, before, strict=True))
+    assert reference.base.denoiser.dtype == torch.float32
+
+
+def small_product():
+    torch.ones(8, 8) @ torch.ones(8, 8)
+
+
+def too_much():
+    raise torch.OutOfMemoryError
+
+
+def test_a_step_that_does_not_fit():
+    cases = {REFERENCE: Case(dict, small_product), OURS: Case(dict, too_much)}
+    found = step.run_cases(cases, "cpu", rounds=1, num_steps=1)
+    assert found["cases"][REFERENCE]["operations"] == 3, "two tensors and their product"
+    assert found["cases"][OURS] == step.OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize(("limit", "largest"), [(70, 64), (8, 8), (7, 0), (1000, 128)])
+def test_largest_batch(limit, largest):
+    def cases_of(size):
+        return {OURS: Case(dict, small_product if size <= limit else too_much)}
+
+    assert step.largest_batch(cases_of, OURS, first=8, up_to=128) == largest
 
 
 @pytest.mark.parametrize(

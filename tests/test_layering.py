@@ -12,6 +12,7 @@ ORDER = [
     {"runtime"},
     {"adapter", "diffusion"},
     {"conditioning", "bases", "data"},
+    {"acceleration"},
     {"export"},
     {"eval"},
     {"training"},

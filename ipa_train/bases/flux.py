@@ -61,7 +61,6 @@ class Flux(Base):
         path: str = "",
         guidance: float | None = None,
         max_t5_tokens: int = _MAX_T5_TOKENS,
-        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         channels, patch_dim = transformer.config.in_channels, _PATCH**2 * vae.num_channels
@@ -82,8 +81,6 @@ class Flux(Base):
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
         self.guidance = 1.0 if guidance is None and transformer.config.guidance_embeds else guidance
         self.max_t5_tokens = max_t5_tokens
-        if gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
         self.schedule = RectifiedFlow()
         self.context_dim = transformer.config.joint_attention_dim
         self.dtype = transformer.dtype
@@ -100,7 +97,6 @@ class Flux(Base):
         variant: str | None = None,
         guidance: float | None = None,
         max_t5_tokens: int = _MAX_T5_TOKENS,
-        gradient_checkpointing: bool = False,
     ) -> "Flux":
         """Load from a diffusers folder or hub id.
 
@@ -114,7 +110,6 @@ class Flux(Base):
                 drawn with it; 1 unless given, where it predicts the plain velocity that the objective asks for.
                 Others (schnell) are told none.
             max_t5_tokens: captions are padded or cut to this many T5 tokens, at most 512.
-            gradient_checkpointing: recompute activations in the backward: less memory, about 38 % more FLOPs.
 
         Raises:
             ConfigError: no diffusers folder there, one of another family, or options that do not go with it.
@@ -140,7 +135,6 @@ class Flux(Base):
                 path=str(path),
                 guidance=guidance,
                 max_t5_tokens=max_t5_tokens,
-                gradient_checkpointing=gradient_checkpointing,
             )
 
     @property

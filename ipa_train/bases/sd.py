@@ -29,11 +29,8 @@ class StableDiffusion(UNetBase):
         tokenizer: CLIPTokenizer,
         scheduler: DDIMScheduler,
         path: str = "",
-        gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(
-            unet=unet, vae=vae, scheduler=scheduler, path=path, gradient_checkpointing=gradient_checkpointing
-        )
+        super().__init__(unet=unet, vae=vae, scheduler=scheduler, path=path)
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.requires_grad_(False).eval()
 
@@ -46,7 +43,6 @@ class StableDiffusion(UNetBase):
         vae_dtype: str | None = None,
         revision: str | None = None,
         variant: str | None = None,
-        gradient_checkpointing: bool = False,
     ) -> "StableDiffusion":
         """Load from a diffusers folder or hub id.
 
@@ -56,7 +52,6 @@ class StableDiffusion(UNetBase):
             vae_dtype: precision of the VAE; ``dtype`` unless given.
             revision: branch, tag or commit of a hub id.
             variant: ``fp16`` and the like, for folders that hold several sets of weights.
-            gradient_checkpointing: recompute activations in the backward: less memory, about 38 % more FLOPs.
 
         Raises:
             ConfigError: no diffusers folder there, or one of another family.
@@ -72,7 +67,6 @@ class StableDiffusion(UNetBase):
                 tokenizer=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", revision=revision),
                 scheduler=ddim_scheduler(path, revision=revision),
                 path=str(path),
-                gradient_checkpointing=gradient_checkpointing,
             )
 
     @torch.no_grad()

@@ -68,7 +68,6 @@ class StableDiffusion3(Base):
         scheduler: FlowMatchEulerDiscreteScheduler,
         path: str = "",
         max_t5_tokens: int = 256,
-        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if not 1 <= max_t5_tokens <= 512:
@@ -78,8 +77,6 @@ class StableDiffusion3(Base):
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
         self.text_encoder_3, self.tokenizer_3 = text_encoder_3, tokenizer_3
         self.max_t5_tokens = max_t5_tokens
-        if gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
         self.schedule = RectifiedFlow()
         self.context_dim = transformer.inner_dim
         self.dtype = transformer.dtype
@@ -96,7 +93,6 @@ class StableDiffusion3(Base):
         variant: str | None = None,
         t5: bool = True,
         max_t5_tokens: int = 256,
-        gradient_checkpointing: bool = False,
     ) -> "StableDiffusion3":
         """Load from a diffusers folder or hub id.
 
@@ -108,7 +104,6 @@ class StableDiffusion3(Base):
             variant: ``fp16`` and the like, for folders that hold several sets of weights.
             t5: load the third text encoder (9 GB in bf16); without it its tokens are zeros, as in diffusers.
             max_t5_tokens: length that captions are padded and cut to for T5, at most 512; pipelines have 256.
-            gradient_checkpointing: recompute activations in the backward: less memory, about 33 % more FLOPs.
 
         Raises:
             ConfigError: no diffusers folder there, one of another family, or an option out of range.
@@ -153,7 +148,6 @@ class StableDiffusion3(Base):
                 ),
                 path=str(path),
                 max_t5_tokens=max_t5_tokens,
-                gradient_checkpointing=gradient_checkpointing,
             )
 
     @property

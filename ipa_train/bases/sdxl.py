@@ -35,11 +35,8 @@ class StableDiffusionXL(UNetBase):
         scheduler: DDIMScheduler,
         zero_null_text: bool = True,
         path: str = "",
-        gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(
-            unet=unet, vae=vae, scheduler=scheduler, path=path, gradient_checkpointing=gradient_checkpointing
-        )
+        super().__init__(unet=unet, vae=vae, scheduler=scheduler, path=path)
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
         self.zero_null_text = zero_null_text
@@ -55,7 +52,6 @@ class StableDiffusionXL(UNetBase):
         vae_dtype: str | None = None,
         revision: str | None = None,
         variant: str | None = None,
-        gradient_checkpointing: bool = False,
     ) -> "StableDiffusionXL":
         """Load from a diffusers folder or hub id.
 
@@ -68,7 +64,6 @@ class StableDiffusionXL(UNetBase):
                 fp16, and ``dtype`` for that of ``vae_path``.
             revision: branch, tag or commit of a hub id.
             variant: ``fp16`` and the like, for folders that hold several sets of weights.
-            gradient_checkpointing: recompute activations in the backward: less memory, about 38 % more FLOPs.
 
         Raises:
             ConfigError: no diffusers folder there, or one of another family.
@@ -90,7 +85,6 @@ class StableDiffusionXL(UNetBase):
                 scheduler=ddim_scheduler(path, revision=revision),
                 zero_null_text=index.get("force_zeros_for_empty_prompt", True),
                 path=str(path),
-                gradient_checkpointing=gradient_checkpointing,
             )
 
     @classmethod

@@ -77,7 +77,6 @@ class UNetBase(Base):
         vae: FrozenVAE,
         scheduler: DDIMScheduler,
         path: str = "",
-        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         channels = unet.config.in_channels
@@ -89,8 +88,6 @@ class UNetBase(Base):
         self.unet, self.vae, self.path = unet, vae, path
         # Latents have no bounds; the folders of other schedulers do not say so, and DDIM clips unless it is told.
         self.scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
-        if gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
         self.prediction_type = scheduler.config.prediction_type
         if self.prediction_type not in VariancePreserving.prediction_types:
             known = " and ".join(VariancePreserving.prediction_types)

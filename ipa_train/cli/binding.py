@@ -15,6 +15,8 @@ from ipa_train.errors import ConfigError, UserError, did_you_mean
 
 # Options that are known only when the models are there.
 _FILLED_IN = {"data": ("image_prompt_size", "embedding_shape")}
+_EXTRAS = {"bitsandbytes": "low-bit"}
+"""Packages that shipped configs name and that are installed on demand, and the extra that brings each."""
 _SCALARS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
 
 
@@ -65,6 +67,8 @@ def locate(name: str, path: str) -> Any:
                 raise ConfigError(f"{path}._target_={name}: no {part!r} there.{did_you_mean(part, dir(target))}")
             target = getattr(target, part)
         return target
+    if extra := _EXTRAS.get(parts[0]):
+        raise ConfigError(f"{path}._target_={name} needs the package {parts[0]!r}: pip install 'ipa-train[{extra}]'.")
     raise ConfigError(f"{path}._target_={name}: there is no module of that name.")
 
 

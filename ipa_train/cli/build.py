@@ -25,6 +25,12 @@ def build_module(config: DictConfig) -> AdapterTraining:
     Raises:
         ConfigError, ExportError: a folder or file that cannot serve, or an adapter that nothing could load afterwards.
     """
+    acceleration = instantiate(config.acceleration)
+    if acceleration.cuda_graphs and config.data.get("bucket_step"):
+        raise ConfigError(
+            "acceleration.cuda_graphs=true replays kernels for pictures of one size, and data.bucket_step="
+            f"{config.data.bucket_step} makes several: set data.bucket_step=null or leave cuda_graphs out."
+        )
     base = instantiate(config.base)
     for option in ("resolution", "bucket_step"):
         if (size := config.data.get(option)) and size % base.size_multiple:
@@ -50,6 +56,7 @@ def build_module(config: DictConfig) -> AdapterTraining:
         train_denoiser=config.adapter.get("train_denoiser", False),
         seed=config.seed,
     )
+    acceleration.apply(base)
     try:
         # Made once for its complaints: the trainer asks for it only after the run directory has been written.
         module.make_optimizer(module.adapter.parameters())

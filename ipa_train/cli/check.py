@@ -1,9 +1,11 @@
 """Try everything a training run needs, before it waits in a queue.
 
     ipa check experiment=sd15_linear run.name=first data.shards='/data/laion/{00000..41000}.tar'
+    ipa check experiment=sd15_linear ... --gpu h100 --gpus 64     where it is to run there, and this is a login node
 
-Takes what `ipa train` takes; binds every option, looks into the shards, loads the weights, runs one batch forward and
-backward, and says who will be able to load the result. Writes nothing but the shards' index and copies of remote ones.
+Takes what `ipa train` takes; binds every option, looks into the shards, loads the weights, forecasts memory and time,
+runs a batch forward and backward, and says who will be able to load the result. A run that does not fit is refused.
+Writes nothing but the shards' index and copies of remote ones.
 """
 
 import argparse
@@ -17,12 +19,14 @@ from omegaconf import DictConfig
 
 from ipa_train.cli.build import build_data, build_module, build_trainer, describe_parameters
 from ipa_train.cli.config import load_config
-from ipa_train.data.batch import Pictures
+from ipa_train.cli.forecast import Plan, describe_memory, describe_time, device_of_run, forecast_memory
+from ipa_train.data.batch import Batch, Pictures
 from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.data.sequential import SequentialDataModule
-from ipa_train.errors import DataError
+from ipa_train.errors import ConfigError, DataError
 from ipa_train.export.description import describe_adapter
 from ipa_train.export.loadability import loadability
+from ipa_train.runtime.gpus import GPUS
 from ipa_train.runtime.logging import setup_logging
 from ipa_train.training.module import AdapterTraining
 
@@ -31,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for ipa train")
     parser.add_argument("--config-dir", help="folder with experiment/*.yaml files of your own")
+    names = ", ".join(gpu.name.lower() for gpu in GPUS)
+    parser.add_argument("--gpu", metavar="NAME", help=f"forecast for GPUs that are not in this machine: {names}")
+    parser.add_argument("--gpus", metavar="N", type=int, help="forecast for so many processes, over all nodes")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,10 +55,22 @@ def run(args: argparse.Namespace) -> int:
         for line in _describe_stream(data):
             _say("shards", line)
     trainer = build_trainer(config, data)
-    accumulate = trainer.accumulate_grad_batches
-    share = data.global_batch_size // trainer.world_size // accumulate
-    _say("batch", f"{trainer.world_size} processes x {accumulate} micro-batches x {share} samples")
-    _run_one_batch(config, module, data, share)
+    if args.gpus is not None and args.gpus < 1:
+        raise ConfigError(f"--gpus must be at least 1, got {args.gpus}.")
+    world_size = args.gpus or trainer.world_size
+    accumulate = data.accumulate_grad_batches(world_size)
+    plan = Plan(world_size, accumulate, data.global_batch_size // world_size // accumulate)
+    _say("batch", f"{world_size} processes x {accumulate} micro-batches x {plan.batch_size} samples")
+    _require_good_samples(data)
+    device = device_of_run(config, args.gpu)
+    # One sample is enough to try a step by, where its time says nothing of the run.
+    batch = data.first_batch(plan.batch_size if device.is_here else 1, bucket=data.largest_bucket)
+    found = forecast_memory(module, batch, plan)
+    for line in describe_memory(module, batch, plan, device, found):
+        _say("memory", line)
+    seconds = _run_one_batch(config, module, batch, times=2 if device.is_here else 1)
+    for line in describe_time(found, plan, device, trainer.max_steps, seconds if device.is_here else None):
+        _say("time", line)
     if module.adapter.unexportable is not None:
         _say("result", f"no loader will take it: {module.adapter.unexportable}")
     else:
@@ -75,21 +94,28 @@ def _describe_stream(data: StreamingDataModule) -> Iterator[str]:
             yield f"{height}x{width} (height x width): {share:.1%} of the batches"
 
 
-def _run_one_batch(config: DictConfig, module: AdapterTraining, data: StreamingDataModule, num_samples: int) -> None:
+def _require_good_samples(data: StreamingDataModule) -> None:
     loaded = next(iter(data.loader()))
     if loaded.bad:
         worst = loaded.bad[0]
         raise DataError(
             f"{len(loaded.bad)} bad samples in the first batch, e.g. {worst.shard}/{worst.key}: {worst.error}"
         )
+
+
+def _run_one_batch(config: DictConfig, module: AdapterTraining, batch: Batch, *, times: int) -> float:
+    """Return the seconds of the last time; those of the first say little, as libraries load."""
     device = "cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu"
-    batch = data.first_batch(num_samples).to(device)
+    batch = batch.to(device)
     module.to(device)
-    started = time.perf_counter()
-    loss = module.training_step(batch, 0)
-    torch.autograd.backward(loss)
-    gradient = torch.nn.utils.get_total_norm([p.grad for p in module.adapter.parameters() if p.grad is not None])
-    seconds = time.perf_counter() - started
+    for _ in range(times):
+        started = time.perf_counter()
+        module.zero_grad()
+        loss = module.training_step(batch, 0)
+        torch.autograd.backward(loss)
+        gradient = torch.nn.utils.get_total_norm([p.grad for p in module.adapter.parameters() if p.grad is not None])
+        norm = gradient.item()  # waits for the device
+        seconds = time.perf_counter() - started
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
     else:
@@ -97,8 +123,9 @@ def _run_one_batch(config: DictConfig, module: AdapterTraining, data: StreamingD
     content = batch.content
     shape = "x".join(map(str, (content.pixels if isinstance(content, Pictures) else content.latents_mean).shape))
     what = "pixels" if isinstance(content, Pictures) else "cached latents"
-    _say("step", f"{what} {shape}, loss {loss.item():.4f}, gradient norm {gradient.item():.3g}")
-    _say("step", f"{seconds:.1f} s for the first micro-batch on {device}, peak memory {peak:.2f} GiB")
+    _say("step", f"{what} {shape}, loss {loss.item():.4f}, gradient norm {norm:.3g}")
+    _say("step", f"{seconds:.2f} s for a micro-batch of {len(batch)} on {device}, peak memory {peak:.2f} GiB")
+    return seconds
 
 
 def _say(what: str, text: str) -> None:

@@ -77,6 +77,16 @@ class Batch:
         moved = _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=to_cuda))
         return replace(moved, positions=self.positions)
 
+    def blank(self, num_samples: int) -> "Batch":
+        """A batch of so many samples of this one's shapes, without data: on the meta device."""
+        blank = _map_tensors(self, lambda tensor: torch.cat([tensor[:1].to("meta")] * num_samples))
+        return replace(
+            blank,
+            captions=self.captions[:1] * num_samples,
+            keys=self.keys[:1] * num_samples,
+            positions=torch.arange(num_samples),
+        )
+
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of its tensors, which another CUDA stream allocated, until ``stream`` is done with them."""
 

@@ -1,6 +1,7 @@
 """The stream as Lightning wants it; its state is one integer for each bucket."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -295,10 +296,16 @@ class StreamingDataModule(lightning.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def first_batch(self, num_samples: int) -> Batch:
-        """The first samples of the first bucket, for checks and for pictures of what training sees."""
+    @property
+    def largest_bucket(self) -> int:
+        """Number of the bucket with the most pixels."""
+        return max(range(len(self.stream.buckets)), key=lambda bucket: math.prod(self.stream.buckets[bucket]))
+
+    def first_batch(self, num_samples: int, *, bucket: int | None = None) -> Batch:
+        """The first samples of a bucket, of the first unless given: for checks and pictures of what training sees."""
         stream = self.stream
-        bucket, _, _ = BucketSchedule(stream.shares, np.zeros(len(stream.buckets), np.int64)).step(num_samples)
+        if bucket is None:
+            bucket, _, _ = BucketSchedule(stream.shares, np.zeros(len(stream.buckets), np.int64)).step(num_samples)
         positions = rank_share(stream.plans[bucket], 0, num_samples, 0, 1)
         dataset = self.dataset(np.zeros(len(stream.buckets), np.int64), 0)
         return dataset[Places(bucket, positions, positions)].batch

@@ -49,7 +49,9 @@ MAY_DIFFER = (
     "data.batch_size",
     "data.num_workers",
     "data.prefetch_factor",
-    "base.gradient_checkpointing",
+    "acceleration.checkpointing",
+    "acceleration.compile",
+    "acceleration.cuda_graphs",
     # Where the shards lie; that they are the same ones is held by the data module's own state.
     "data.shards",
     "data.index_dir",

@@ -55,6 +55,7 @@ _PARTS = {
     "train/grad_norm": "grad {:.3g}",
     "train/lr": "lr {:.2e}",
     "perf/images_per_second": "{:.1f} img/s",
+    "perf/mfu": "mfu {:.0%}",
     "perf/data_wait_fraction": "data wait {:.0%}",
     "perf/peak_memory_gib": "peak {:.1f} GiB",
     "train/skipped_steps": "skipped {:.0%}",

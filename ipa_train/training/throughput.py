@@ -1,10 +1,16 @@
 """How fast a run is, and how much of its time it waits for data."""
 
+import math
 import time
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.profilers import Profiler
+
+from ipa_train.data.batch import Batch, Pictures
+from ipa_train.runtime.gpus import find_gpu
+from ipa_train.training.forecast import rehearse
+from ipa_train.training.module import AdapterTraining
 
 _GIB = 2**30
 
@@ -49,6 +55,34 @@ class Throughput:
         taken = self._num_images, now - self._since, self._waited_seconds
         self._num_images, self._since, self._waited_seconds = 0, now, 0.0
         return taken
+
+
+class Arithmetic:
+    """TFLOP/s of one device, and their share of what the device could do in bf16 (MFU) where it is a known GPU.
+
+    Counts what the step has to compute, encoders included and recomputation left out: 2 FLOPs for each multiply-add of
+    matrix products, convolutions and attention. Counted once, in about a second, for the shape of one batch; other
+    buckets have about as many pixels, and their FLOPs are taken in proportion to them.
+
+    Raises:
+        RuntimeError: a step that cannot be run without data, since it reads numbers back from the device.
+    """
+
+    def __init__(self, module: AdapterTraining, batch: Batch) -> None:
+        self._flops_per_pixel = rehearse(module, batch.blank(1)).model_flops / num_pixels(batch)
+        gpu = find_gpu(torch.cuda.get_device_name(module.device)) if module.device.type == "cuda" else None
+        self._peak_tflops = None if gpu is None else gpu.tflops
+
+    def metrics(self, pixels_per_second: float) -> dict[str, float]:
+        """What goes into the log, for the rate of one device in pixels as :func:`num_pixels` counts them."""
+        tflops = pixels_per_second * self._flops_per_pixel / 1e12
+        return {"perf/tflops": tflops} | ({} if self._peak_tflops is None else {"perf/mfu": tflops / self._peak_tflops})
+
+
+def num_pixels(batch: Batch) -> int:
+    """Of one sample: those of the picture, or of the latents where they are cached."""
+    content = batch.content
+    return math.prod((content.pixels if isinstance(content, Pictures) else content.latents_mean).shape[-2:])
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -74,7 +74,7 @@ def test_experiments_choose_the_official_shapes():
         (["+experiment=sd15_plus"], "experiment may be chosen once"),
         (["data.num_workers=two"], r"data\.num_workers=two does not fit: give int"),
         (["data.shards=5"], r"data\.shards=5 does not fit"),
-        (["base.gradient_checkpointing=yess"], "does not fit: give bool"),
+        (["acceleration.float8=yess"], "does not fit: give bool"),
         (["optimizer.lr=fast"], r"optimizer\.lr=fast does not fit: give float"),
         (["optimizer.betas=[0.9]"], r"optimizer\.betas=\[0\.9\] does not fit"),
         (["trainer.max_steps=1e6"], r"trainer\.max_steps=1000000\.0 does not fit: give int"),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -130,6 +131,21 @@ def test_check_reports(tiny_models, shards, tmp_path, capsys, train_command):
     for text in ("trained", "gradient norm", "peak memory", "diffusers               loads", "all good"):
         assert text in report
     assert not (tmp_path / "checked").exists()
+    assert re.search(r"memory +\d\.\d\d GiB for each device: frozen weights 0\.\d\d, adapter .*, activations", report)
+    assert re.search(r"memory +this machine has room for .* micro-batches of up to [\d,]{3,} samples", report)
+    assert re.search(r"time +[\d.e-]+ TFLOP per image: encoders [\d.e-]+, forward [\d.e-]+, backward", report)
+    assert "images/s on 1 x this machine (measured)" in report
+    assert re.search(r"time +2 steps of 4 samples: [\d.e-]+ hours, [\d.e-]+ device-days", report)
+
+
+def test_check_forecasts_for_gpus_that_are_elsewhere(train_command, capsys):
+    command = ["check", *train_command("checked")[1:], "data.global_batch_size=64", "trainer.max_steps=1000"]
+    assert main([*command, "--gpu", "h100", "--gpus", "8"]) == 0
+    report = capsys.readouterr().out
+    assert "8 processes x 1 micro-batches x 8 samples" in report
+    assert "H100 has room for 78.1 GiB" in report
+    assert "images/s on 8 x H100 (assuming 35% of its peak)" in report
+    assert "1,000 steps of 64 samples" in report
 
 
 def test_index(shards, capsys):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from ipa_train.acceleration import Acceleration
 from ipa_train.adapter import FacePlusProjector, FaceProjector, LinearProjector
 from ipa_train.bases import StableDiffusion, adapter_sites
 from ipa_train.errors import ConfigError
@@ -73,7 +74,8 @@ def test_only_the_adapter_learns_and_is_kept(variant, make_module, tmp_path, cap
 
 @pytest.mark.parametrize("variant", ["faceid_plus_v2", "simple"])
 def test_a_bf16_base_follows_fp32(variant, make_module, tiny_models):
-    bf16 = StableDiffusion.from_pretrained(str(tiny_models[0]), dtype="bfloat16", gradient_checkpointing=True)
+    bf16 = StableDiffusion.from_pretrained(str(tiny_models[0]), dtype="bfloat16")
+    Acceleration(checkpointing="full").apply(bf16)
     flat = []
     for options in ({}, {"base": bf16}):
         module = make_module(**VARIANTS[variant], **options)

@@ -1,5 +1,6 @@
 """Everything a run measures, gathered, reduced and shown once per log interval."""
 
+import logging
 from typing import cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,22 +13,28 @@ from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.runtime.distributed import gather_objects, sum_over_ranks
 from ipa_train.training.csv_log import CSVLog
 from ipa_train.training.metrics import RunningMeans, ends_interval
+from ipa_train.training.module import AdapterTraining
 from ipa_train.training.status_line import StatusLine
-from ipa_train.training.throughput import Throughput, peak_memory_gib
+from ipa_train.training.throughput import Arithmetic, Throughput, num_pixels, peak_memory_gib
+
+_log = logging.getLogger(__name__)
 
 
 class MetricLogging(Callback):
     """Send ``module.metrics``, learning rate, throughput, data wait and peak memory to all loggers and the console.
 
     Every ``trainer.log_every_n_steps`` optimizer steps and at the last one, with a single all-reduce. Means are over
-    all samples of all ranks since the last time; ``perf/peak_memory_gib`` is the mean over ranks. ``progress``: a bar
-    (true), lines (false), or a bar if stderr is a terminal (null).
+    all samples of all ranks since the last time; ``perf/peak_memory_gib`` is the mean over ranks, and so are
+    ``perf/tflops`` and ``perf/mfu`` (see ``Arithmetic``). ``progress``: a bar (true), lines (false), or a bar if stderr
+    is a terminal (null).
     """
 
     def __init__(self, *, progress: bool | None = None) -> None:
         self._throughput = Throughput()
         self._status = StatusLine(progress=progress)
         self._shown_step = 0
+        self._arithmetic: Arithmetic | None = None
+        self._num_pixels = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clocks; let a resumed CSV file forget the rows that will come again."""
@@ -39,6 +46,16 @@ class MetricLogging(Callback):
             self._status.start(trainer.global_step, trainer.max_steps)
         self._throughput.start(trainer)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Count the arithmetic of the first batch; the time for that is nobody's."""
+        if batch_idx or self._arithmetic is not None or not isinstance(pl_module, AdapterTraining):
+            return
+        try:
+            self._arithmetic = Arithmetic(pl_module, batch)
+        except RuntimeError as error:
+            _log.warning("no perf/tflops in this run, as its step cannot be run without data: %s", error)
+        self._throughput.take()
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Note the learning rate before the schedule moves on."""
         self._lr = optimizer.param_groups[0]["lr"]
@@ -49,6 +66,7 @@ class MetricLogging(Callback):
         """Count; at the end of an interval reduce, log and show."""
         step = trainer.global_step
         self._throughput.count(len(batch))
+        self._num_pixels += len(batch) * num_pixels(batch)
         if trainer.is_global_zero:
             self._status.advance(step)
         if step != self._shown_step and ends_interval(trainer):
@@ -69,6 +87,10 @@ class MetricLogging(Callback):
         means.add("perf/peak_memory_gib", peak_memory_gib(module.device))
         metrics = means.compute_and_reset(sum_over_ranks)
         metrics["train/lr"] = self._lr
+        if self._arithmetic is not None:
+            rate = metrics["perf/images_per_second"] / trainer.world_size
+            metrics |= self._arithmetic.metrics(rate * self._num_pixels / num_images)
+        self._num_pixels = 0
         if isinstance(trainer.datamodule, StreamingDataModule):
             trainer.datamodule.budget.settle(gather_objects)
             metrics |= trainer.datamodule.progress()
