@@ -25,9 +25,9 @@ def linear_adapter(base):
     )
 
 
-def predict(base, image_tokens):
+def predict(base, image_tokens, size=8):
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    latents = torch.randn(2, 4, size, size, generator=generator)
     return base.predict(latents, torch.tensor([10, 900]), base.encode_text(["a", "b"]), image_tokens)
 
 

@@ -109,14 +109,14 @@ def test_checkpointing_gives_the_same_gradients(base, projector, checkpointing):
 
     def gradients():
         adapter.zero_grad()
-        predict(base, adapter(*features)).square().mean().backward()
+        # Over one token, as the middle block of smaller pictures has it, queries have no gradient.
+        predict(base, adapter(*features), size=16).square().mean().backward()
         return [p.grad.clone() for p in adapter.parameters()]
 
     plain = gradients()
     Acceleration(checkpointing=checkpointing).apply(base)
     for a, b in zip(plain, gradients(), strict=True):
-        # A LoRA's gradients are added up in another order.
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
+        assert torch.equal(a, b)
     assert all(g.abs().max() > 0 for g in plain)
 
 

@@ -1,5 +1,6 @@
 """Every shipped config binds, and every typo gets one line that names it."""
 
+import importlib.util
 import shutil
 
 import pytest
@@ -20,7 +21,16 @@ EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_group_choice_binds(choice):
+    if choice == "optimizer=adamw8bit":
+        pytest.importorskip("bitsandbytes", reason="an optional extra: pip install -e '.[low-bit]'")
     load_config([choice, *REQUIRED])
+
+
+def test_a_missing_extra_is_named():
+    if importlib.util.find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    with pytest.raises(ConfigError, match=r"needs the package 'bitsandbytes': pip install 'ipa-train\[low-bit\]'"):
+        load_config(["optimizer=adamw8bit", *REQUIRED])
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -68,7 +78,7 @@ def test_experiments_choose_the_official_shapes():
         (["~data.global_batch_size"], r"data\.global_batch_size: .* needs it"),
         (["base._target_=ipa_train.bases.StableDifusion"], "no 'StableDifusion' there. Did you mean 'StableDiffusion'"),
         (["data.shards=[a"], "cannot read the overrides"),
-        (["zzz=1"], "there is no option 'zzz'. Allowed: adapter, base,"),
+        (["zzz=1"], "there is no option 'zzz'. Allowed: acceleration, adapter, base,"),
         (["logger=wandb", "logger.wandb.oflne=true"], r"Did you mean 'logger\.wandb\.offline'"),
         (["lr_schedule="], r"there is no lr_schedule/\.yaml\. Allowed: constant, cosine, linear"),
         (["+experiment=sd15_plus"], "experiment may be chosen once"),
