@@ -135,7 +135,7 @@ def test_check_reports(tiny_models, shards, tmp_path, capsys, train_command):
     assert re.search(r"memory +this machine has room for .* micro-batches of up to [\d,]{3,} samples", report)
     assert re.search(r"time +[\d.e-]+ TFLOP per image: encoders [\d.e-]+, forward [\d.e-]+, backward", report)
     assert "images/s on 1 x this machine (measured)" in report
-    assert re.search(r"time +2 steps of 4 samples: [\d.e-]+ hours, [\d.e-]+ device-days", report)
+    assert re.search(r"time +[\d,]+ steps of 4 samples: [\d.,e+-]+ hours, [\d.,e+-]+ device-days", report)
 
 
 def test_check_forecasts_for_gpus_that_are_elsewhere(train_command, capsys):

@@ -137,19 +137,25 @@ def test_the_largest_batch_fits_and_the_next_does_not(make_module):
 
 
 def test_the_log_says_how_much_arithmetic_is_done(make_module, tmp_path):
-    """From images per second; of other buckets in proportion to their pixels."""
+    """From images per second."""
     module = make_module()
-    per_image = [rehearse(module, make_batch(range(1), size=size)).model_flops for size in (32, 64, 56)]
+    per_image = rehearse(module, make_batch(range(1))).model_flops
     log = CSVLog(path=str(tmp_path / "metrics.csv"))
     batches = [make_batch(range(4)) for _ in range(4)]
     trainer = make_trainer(4, [MetricLogging(progress=False)], logger=log, log_every_n_steps=2)
     trainer.fit(module, DataLoader(batches, batch_size=None))
     for row in rows(log.path):
-        assert float(row["perf/tflops"]) == pytest.approx(float(row["perf/images_per_second"]) * per_image[0] / 1e12)
+        assert float(row["perf/tflops"]) == pytest.approx(float(row["perf/images_per_second"]) * per_image / 1e12)
         assert "perf/mfu" not in row, "this CPU's peak is not known"
-    arithmetic = Arithmetic(module, make_batch(range(2), size=64))
-    assert arithmetic.metrics(64 * 64)["perf/tflops"] * 1e12 == pytest.approx(per_image[1])
-    assert arithmetic.metrics(56 * 56)["perf/tflops"] * 1e12 == pytest.approx(per_image[2], rel=0.1)
+
+
+def test_other_buckets_are_counted_in_proportion_to_their_pixels():
+    """Of SD 1.5's own sizes: at three quarters of the pixels the count is within 5 %, and buckets differ by less."""
+    case = replace(memory.CASES["full"], resolution=512)
+    module = memory.make_module(case, "meta")
+    arithmetic = Arithmetic(module, memory.make_batch(case))
+    smaller = rehearse(module, memory.make_batch(replace(case, batch_size=1, resolution=448))).model_flops
+    assert arithmetic.metrics(56 * 56)["perf/tflops"] * 1e12 == pytest.approx(smaller, rel=0.05)
 
 
 def test_a_run_that_does_not_fit_is_refused_with_what_would(make_module):
