@@ -6,7 +6,7 @@ interchange files; they are put together in the precision of the tokens at each 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ class GroupedProjection(torch.autograd.Function):
         """Project (m, c) by weights of (d_i, c) to (m, sum d_i)."""
         ctx.sizes = [len(weight) for weight in weights]
         packed = x.new_empty(sum(ctx.sizes), x.shape[1])
-        torch._foreach_copy_(packed.split(ctx.sizes), weights)
+        torch._foreach_copy_(torch.split(packed, ctx.sizes), weights)
         ctx.save_for_backward(x, packed)
         return x @ packed.T
 
@@ -32,7 +32,7 @@ class GroupedProjection(torch.autograd.Function):
         """Of x in its precision, of the weights in fp32."""
         x, packed = ctx.saved_tensors
         grad_weights = (grad.T @ x).float()
-        return grad @ packed, *grad_weights.split(ctx.sizes)
+        return grad @ packed, *torch.split(grad_weights, ctx.sizes)
 
 
 def grouped_keys_and_values(
@@ -41,6 +41,6 @@ def grouped_keys_and_values(
     """Image keys and values of each branch, in the precision of the tokens."""
     weights = [weight for branch in branches for weight in (branch.to_k_ip.weight, branch.to_v_ip.weight)]
     batch_size, num_tokens, _ = image_tokens.shape
-    packed = GroupedProjection.apply(image_tokens.flatten(0, 1), *weights)
-    parts = packed.unflatten(0, (batch_size, num_tokens)).split([len(weight) for weight in weights], dim=2)
+    packed = cast(Tensor, GroupedProjection.apply(image_tokens.flatten(0, 1), *weights))  # type: ignore[no-untyped-call]
+    parts = torch.split(packed.view(batch_size, num_tokens, -1), [len(weight) for weight in weights], dim=2)
     return list(zip(parts[::2], parts[1::2], strict=True))

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ class JoinedWeights:
     """
 
     def __init__(self, resnets: Sequence[ResnetBlock2D], blocks: Sequence[BasicTransformerBlock]) -> None:
-        self._layers: list[tuple[Tensor, list[nn.Module]]] = []
+        self._layers: list[tuple[Tensor, Sequence[nn.Module]]] = []
         self.qkv_weights = [self._join([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v]) for block in blocks]
         """For each block; None where they are not joined."""
         self.groups = _groups(blocks)
@@ -35,7 +35,7 @@ class JoinedWeights:
             self._join([layer for block in group for layer in (block.attn2.to_k, block.attn2.to_v)])
             for group in self.groups
         ]
-        self._shift_weight = self._join([block.time_emb_proj for block in resnets])
+        self._shift_weight = cast(Tensor, self._join([block.time_emb_proj for block in resnets]))
         # The bias of the convolution that the shift is added to is a constant shift itself.
         biases = [block.time_emb_proj.bias.float() + block.conv1.bias.float() for block in resnets]
         self._shift_bias = torch.cat(biases).to(resnets[0].conv1.weight.dtype)
@@ -50,16 +50,16 @@ class JoinedWeights:
     def shifts(self, embedding: Float[Tensor, "b t"]) -> tuple[Float[Tensor, "b _"], ...]:
         """For each residual block its time embedding, and the bias of its first convolution."""
         shifts = F.linear(F.silu(embedding), self._shift_weight, self._shift_bias)
-        return shifts.split(self._shift_sizes, dim=1)
+        return torch.split(shifts, self._shift_sizes, dim=1)
 
-    def text_keys_and_values(self, context: Float[Tensor, "b l c"], group: int) -> Iterator[tuple[Tensor, ...]]:
+    def text_keys_and_values(self, context: Float[Tensor, "b l c"], group: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Text keys and values of each block of a group."""
         blocks, weights = self.groups[group], self._text_weights[group]
         layers = [layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v)]
         if weights is None:
-            parts = [layer(context) for layer in layers]
+            parts = tuple(layer(context) for layer in layers)
         else:
-            parts = F.linear(context, weights).split([layer.out_features for layer in layers], dim=2)
+            parts = torch.split(F.linear(context, weights), [layer.out_features for layer in layers], dim=2)
         return zip(parts[::2], parts[1::2], strict=True)
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ class JoinedWeights:
         if not _is_linear(layers):
             return None
         joined = torch.cat([layer.weight for layer in layers])
-        for layer, part in zip(layers, joined.split([len(layer.weight) for layer in layers]), strict=True):
+        for layer, part in zip(layers, torch.split(joined, [len(layer.weight) for layer in layers]), strict=True):
             layer.weight.data = part
         self._layers.append((joined, layers))
         return joined

@@ -95,8 +95,8 @@ class UNetBase(Base):
         self.schedule = VariancePreserving(scheduler.alphas_cumprod)
         self.context_dim = unet.config.cross_attention_dim
         self.dtype = unet.dtype
-        nn.Module.to(unet, memory_format=torch.channels_last)
-        nn.Module.to(vae.model, memory_format=torch.channels_last)
+        for model in (unet, vae.model):
+            nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._forward = UNetForward(unet) if UNetForward.fits(unet) else None
 
     def attention_sites(self) -> list[AttentionSite]:

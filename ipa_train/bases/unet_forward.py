@@ -11,7 +11,7 @@ saves, for a frozen UNet under a trained adapter:
 Blocks are plain functions of all that they read, so that they can be checkpointed and compiled one by one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -89,7 +89,7 @@ def transformer_block(
 
 def self_attention(attn: Any, x: Float[Tensor, "b s d"], qkv_weight: Float[Tensor, "e d"]) -> Float[Tensor, "b s d"]:
     """Attention of tokens to each other, from one product for queries, keys and values."""
-    query, key, value = F.linear(x, qkv_weight).unflatten(2, (3, attn.heads, -1)).unbind(2)
+    query, key, value = F.linear(x, qkv_weight).view(*x.shape[:2], 3, attn.heads, -1).unbind(2)
     mixed = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return cast(Tensor, attn.to_out[0](merge_heads(mixed)))
 
@@ -209,19 +209,27 @@ class UNetForward:
         qkv_weights = iter(joined.qkv_weights)
         for i, group in enumerate(joined.groups):
             texts = joined.text_keys_and_values(context, i)
-            shown = [block.attn2.processor for block in group if _shows_image(block.attn2.processor)]
-            branches = [processor.image_attention for processor in shown if image_tokens is not None]
-            images = iter(grouped_keys_and_values(image_tokens, branches) if branches else ())
+            images = iter(self._image_keys_and_values(group, image_tokens))
             for block, text, qkv_weight in zip(group, texts, qkv_weights, strict=False):
                 if not _is_plain(block.attn1.processor):
                     qkv_weight = None
                 processor = block.attn2.processor
-                if branches and processor in shown:
+                if image_tokens is not None and _shows_image(processor):
                     yield qkv_weight, KeysValues(*text, *next(images))
                 elif isinstance(processor, DecoupledCrossAttention) or _is_plain(processor):
                     yield qkv_weight, KeysValues(*text)
                 else:
                     yield qkv_weight, ProcessorInputs(context, arguments)
+
+    @staticmethod
+    def _image_keys_and_values(
+        group: Sequence[BasicTransformerBlock], image_tokens: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Of those sites of a group that show the image."""
+        processors = [block.attn2.processor for block in group if _shows_image(block.attn2.processor)]
+        if image_tokens is None or not processors:
+            return []
+        return grouped_keys_and_values(image_tokens, [processor.image_attention for processor in processors])
 
 
 def _is_plain(processor: Any) -> bool:
@@ -241,7 +249,8 @@ def _to_picture(
     model: Transformer2DModel, tokens: Float[Tensor, "b s d"], x: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, "b c h w"]:
     """Project back and add to what came in."""
-    return x + _project(model.proj_out, tokens).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    batch_size, _, height, width = x.shape
+    return x + _project(model.proj_out, tokens).view(batch_size, height, width, -1).permute(0, 3, 1, 2)
 
 
 def _project(layer: nn.Module, tokens: Float[Tensor, "b s d"]) -> Float[Tensor, "b s e"]:
