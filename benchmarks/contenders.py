@@ -197,11 +197,8 @@ def given_draws(training: AdapterTraining, batch: Batch) -> Given:
     height, width = (int(side) // vae.stride for side in batch.target_sizes[0])
     shape = (vae.num_channels, height, width)
     u = training.timesteps.draw(draws, base_shift=training.base.timestep_shift((height, width)))
-    return Given(
-        posterior=draws.normal("posterior", shape),
-        noise=training.objective.draw_noise(draws, shape),
-        timesteps=training.objective.schedule.timesteps(u),
-    )
+    posterior, noise = training.objective.draw_noise(draws, shape)
+    return Given(posterior=posterior, noise=noise, timesteps=training.objective.schedule.timesteps(u))
 
 
 class OurStep:

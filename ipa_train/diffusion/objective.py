@@ -67,12 +67,17 @@ class Objective:
         """Number of training timesteps."""
         return self.schedule.num_timesteps
 
-    def draw_noise(self, draws: Draws, shape: tuple[int, ...]) -> Float[Tensor, "b c h w"]:
-        """Standard normal noise for latents of ``shape`` (c, h, w), with the offset where one is asked for."""
-        noise = draws.normal("noise", shape)
+    def draw_noise(
+        self, draws: Draws, shape: tuple[int, ...]
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+        """Standard normal noise for latents of ``shape`` (c, h, w): the posterior's, and what they are mixed with.
+
+        The second has the offset where one is asked for. Both come of one draw, which costs the host as much as each.
+        """
+        posterior_noise, noise = draws.normal("noise", (2, *shape)).unbind(1)
         if self.noise_offset:
             noise = noise + self.noise_offset * draws.normal("noise_offset", (shape[0], 1, 1))
-        return noise
+        return posterior_noise, noise
 
     def add_noise(
         self, latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], timesteps: Num[Tensor, "b"]

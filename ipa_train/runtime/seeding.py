@@ -34,11 +34,12 @@ def philox(c0: Words, c1: Words, c2: Words, c3: Words, key: tuple[int, int]) -> 
     """
     k0, k1 = key
     for _ in range(10):
-        # The 64-bit products may wrap to negative numbers: masking after the shift recovers the upper word.
+        # The 64-bit products may wrap to negative numbers: masking after the shift recovers the upper word. Lower
+        # words are read through a mask only, so that theirs can wait.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & _MASK, p1, ((p0 >> 32) ^ c3 ^ k1) & _MASK, p0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,8 @@ class AdapterTraining(lightning.LightningModule):
         text = self.base.encode_text(dropped.captions(batch.captions))
         posterior, image_features = self.encode(batch)
 
-        latents = posterior.sample(draws.normal("posterior", posterior.mean.shape[1:]))
-        noise = self.objective.draw_noise(draws, latents.shape[1:])
+        posterior_noise, noise = self.objective.draw_noise(draws, posterior.mean.shape[1:])
+        latents = posterior.sample(posterior_noise)
         u = self.timesteps.draw(draws, base_shift=self.base.timestep_shift((latents.shape[2], latents.shape[3])))
         timesteps = self.objective.schedule.timesteps(u)
         noisy_latents = self.objective.add_noise(latents, noise, timesteps)

@@ -149,8 +149,8 @@ def num_parameters(adapter):
 
 def first_output(base, draw):
     outputs = []
-    denoiser = base.unet if hasattr(base, "unet") else base.transformer
-    handle = denoiser.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
+    last = base.unet.conv_out if hasattr(base, "unet") else base.transformer.proj_out
+    handle = last.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     draw()
     handle.remove()
     return outputs[0]

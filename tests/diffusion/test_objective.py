@@ -59,8 +59,8 @@ def test_min_snr_needs_a_positive_gamma():
 
 def test_noise_offset_shifts_whole_channels():
     draws = Draws(0, torch.arange(400))
-    plain = objective().draw_noise(draws, (4, 8, 8)).mean(dim=(2, 3)).std()
-    shifted = objective(noise_offset=0.5).draw_noise(draws, (4, 8, 8)).mean(dim=(2, 3)).std()
+    plain = objective().draw_noise(draws, (4, 8, 8))[1].mean(dim=(2, 3)).std()
+    shifted = objective(noise_offset=0.5).draw_noise(draws, (4, 8, 8))[1].mean(dim=(2, 3)).std()
     assert plain == pytest.approx(1 / 8, rel=0.1)
     assert shifted == pytest.approx((1 / 64 + 0.25) ** 0.5, rel=0.1)
 

@@ -15,7 +15,8 @@ def test_the_loss_is_that_of_the_velocity_on_a_straight_line(flux, make_module):
     # The image half starts at zero, so this is the base's own error in the velocity.
     latents = flux.vae.encode(batch.content.pixels)
     draws = Draws(0, batch.positions)
-    x, noise = latents.sample(draws.normal("posterior", latents.mean.shape[1:])), draws.normal("noise", (16, 4, 4))
+    posterior_noise, noise = draws.normal("noise", (2, 16, 4, 4)).unbind(1)
+    x = latents.sample(posterior_noise)
     t = module.timesteps.draw(draws, base_shift=flux.timestep_shift((4, 4)))
     text = flux.encode_text(module.dropout.draw(draws).captions(batch.captions))
     mixed = (1 - t[:, None, None, None]) * x + t[:, None, None, None] * noise

@@ -58,4 +58,4 @@ def test_one_reduction_for_all_names():
 def test_gradients_are_not_kept_alive():
     means = RunningMeans()
     means.update("loss", torch.ones(2, requires_grad=True) * 2)
-    assert not any(total.requires_grad for total in means._totals.values())
+    assert not any(values.requires_grad for rows in means._values.values() for values, _ in rows)

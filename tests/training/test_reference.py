@@ -12,7 +12,7 @@ SETTINGS = [Setting(base, variant, 64, "cpu") for base in ("tiny", "tiny-sdxl") 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: f"{setting.base}-{setting.variant}")
 def test_loss_and_gradients(setting):
-    found = compare(setting, 4)
+    found = compare(setting, 16)  # of fewer, rounding differs from draw to draw
     assert found.loss_fp32 <= MAX_FP32
     assert found.gradients_fp32 <= MAX_FP32
     assert 0 < found.gradients_bf16 <= MAX_BF16_RATIO * found.reference_gradients_bf16
