@@ -29,6 +29,7 @@ from ipa_train.bases.vae import FrozenVAE
 from ipa_train.conditioning import ConditionDropout, StoredEmbeddings
 from ipa_train.data.batch import Batch, Features
 from ipa_train.diffusion import Objective, UniformTimesteps
+from ipa_train.runtime.distributed import leave_frozen_to_each_rank
 from ipa_train.training.module import AdapterTraining
 from ipa_train.training.optim import LRSchedule
 
@@ -99,6 +100,7 @@ class _Loss(nn.Module):
     def __init__(self, training: AdapterTraining) -> None:
         super().__init__()
         self.training_module = training
+        leave_frozen_to_each_rank(self)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.training_module.training_step(batch, 0)

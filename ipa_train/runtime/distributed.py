@@ -4,7 +4,8 @@ import os
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 # In the order in which launchers set them: torchrun, Lightning's own launcher, srun.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
@@ -20,6 +21,17 @@ def rank() -> int:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     return next((int(os.environ[name]) for name in _RANK_VARIABLES if name in os.environ), 0)
+
+
+def leave_frozen_to_each_rank(module: nn.Module) -> None:
+    """Have DDP send the trained weights alone: frozen ones, and buffers, every rank has read from the same files.
+
+    It would else send all weights at the start, and all buffers again before every forward.
+    """
+    frozen = [name for name, weight in module.named_parameters() if not weight.requires_grad]
+    buffers = [name for name, _ in module.named_buffers()]
+    ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(module, frozen + buffers)  # type: ignore[no-untyped-call]
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

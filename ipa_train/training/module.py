@@ -23,6 +23,7 @@ from ipa_train.diffusion.timesteps import Timesteps
 from ipa_train.errors import ConfigError
 from ipa_train.export.file import NO_EXPORT, write_export
 from ipa_train.export.layouts import interchange_names
+from ipa_train.runtime.distributed import leave_frozen_to_each_rank
 from ipa_train.runtime.seeding import Draws
 from ipa_train.training.ema import AdapterEMA
 from ipa_train.training.metrics import RunningMeans
@@ -90,6 +91,7 @@ class AdapterTraining(lightning.LightningModule):
         self.make_optimizer, self.lr_schedule = optimizer, lr_schedule
         self.ema, self.seed = ema, seed
         self.metrics = RunningMeans()
+        leave_frozen_to_each_rank(self)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Eq. 6 of the paper: mean squared error of the denoiser under text and image conditions, each droppable."""

@@ -43,6 +43,10 @@ def two_ranks(tmp_path_factory, tiny_models):
     return root, saw
 
 
+def test_ranks_send_each_other_what_is_trained_alone(two_ranks):
+    assert all(saw["sends_the_adapter_alone"] for saw in two_ranks[1])
+
+
 def test_means_are_over_the_samples_of_all_ranks_in_one_reduction(two_ranks):
     for saw in two_ranks[1]:
         assert saw["means"] == {"loss": 3.0, "only_on_one": 5.0}

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ipa_train.adapter import LinearProjector
@@ -105,6 +106,13 @@ def main():
     saw["full_disk"] = error_of(lambda: fit(root / "full", 4, module=FullOnRankZero()))
     guard = GradientGuard(max_in_a_row=2)
     saw["not_finite"] = error_of(lambda: fit(root / "poison", 9, poison=range(8, 999, 9), guard=guard))
+
+    module = real_module(*sys.argv[2:])
+    trained = sum(weight.numel() for weight in module.adapter.parameters())
+    ddp = DistributedDataParallel(module)
+    saw["sends_the_adapter_alone"] = (
+        sum(weight.numel() for weight in ddp._module_parameters) == trained and not ddp.modules_buffers
+    )
 
     waits = HostWaits()
     batches = DataLoader([make_batch([2 * i + rank()]) for i in range(3)], batch_size=None)
