@@ -61,19 +61,6 @@ def project(x: Float[Tensor, "b n c"], linear: nn.Linear) -> Float[Tensor, "b n 
     return F.linear(x, linear.weight.to(x.dtype), None if linear.bias is None else linear.bias.to(x.dtype))
 
 
-def decoupled_attention(
-    query: Float[Tensor, "b heads s e"],
-    text: tuple[Float[Tensor, "b heads l e"], Float[Tensor, "b heads l e"]],
-    image: tuple[Float[Tensor, "b heads n e"], Float[Tensor, "b heads n e"]],
-    scale: float,
-) -> Float[Tensor, "b heads s e"]:
-    """``Attn(Q, K, V) + scale * Attn(Q, K', V')``, each with its own softmax; ``text`` and ``image`` are (K, V)."""
-    from_image = F.scaled_dot_product_attention(query, *image)
-    if scale != 1.0:
-        from_image = scale * from_image
-    return F.scaled_dot_product_attention(query, *text) + from_image
-
-
 class DecoupledCrossAttention:
     """The text cross-attention of a UNet site with the image half added; takes the place of its ``processor``."""
 

@@ -26,7 +26,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from ipa_train.adapter.attention import DecoupledCrossAttention, decoupled_attention
+from ipa_train.adapter.attention import DecoupledCrossAttention
+from ipa_train.adapter.decoupled import decoupled_attention
 from ipa_train.adapter.grouped import grouped_keys_and_values
 from ipa_train.adapter.heads import merge_heads, split_heads
 from ipa_train.bases.joined_weights import JoinedWeights
