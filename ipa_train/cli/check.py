@@ -1,7 +1,7 @@
 """Try everything a training run needs, before it waits in a queue.
 
     ipa check experiment=sd15_linear run.name=first data.shards='/data/laion/{00000..41000}.tar'
-    ipa check experiment=sd15_linear ... --gpu h100 --gpus 64     where it is to run there, and this is a login node
+    ipa check experiment=sd15_linear data.shards=SHARDS --gpu h100 --gpus 64    # on a login node, for GPUs elsewhere
 
 Takes what `ipa train` takes; binds every option, looks into the shards, loads the weights, forecasts memory and time,
 runs a batch forward and backward, and says who will be able to load the result. A run that does not fit is refused.
