@@ -22,7 +22,7 @@ def decoupled_attention(
     scale: float,
 ) -> Float[Tensor, "b heads s e"]:
     """``text`` and ``image`` are (keys, values); those of the text have no gradient."""
-    if query.device.type == "cpu" and image[0].shape[2] <= _MAX_IMAGE_KEYS:
+    if query.device.type != "cuda" and image[0].shape[2] <= _MAX_IMAGE_KEYS:
         return cast(Tensor, JoinedKeysAttention.apply(query, *text, *image, scale))  # type: ignore[no-untyped-call]
     from_image = F.scaled_dot_product_attention(query, *image)
     return F.scaled_dot_product_attention(query, *text) + (from_image if scale == 1.0 else scale * from_image)

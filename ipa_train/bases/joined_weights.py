@@ -44,7 +44,7 @@ class JoinedWeights:
     def are_current(self) -> bool:
         """Whether the layers still have these weights: they may have been moved, cast or replaced."""
         return all(
-            _is_linear(layers) and layers[0].weight.data_ptr() == joined.data_ptr() for joined, layers in self._layers
+            _is_linear(layers) and _storage(layers[0].weight) == _storage(joined) for joined, layers in self._layers
         )
 
     def shifts(self, embedding: Float[Tensor, "b t"]) -> tuple[Float[Tensor, "b _"], ...]:
@@ -78,6 +78,10 @@ def _groups(blocks: Sequence[BasicTransformerBlock]) -> list[Sequence[BasicTrans
     count = min(len(blocks), max(_MIN_GROUPS, min(_MAX_GROUPS, len(blocks) // _SITES_PER_GROUP)))
     ends = [round(i * len(blocks) / count) for i in range(count + 1)]
     return [blocks[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # also tells apart tensors without data, whose pointers are all zero
 
 
 def _is_linear(layers: Sequence[nn.Module]) -> TypeGuard[Sequence[nn.Linear]]:
