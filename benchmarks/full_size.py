@@ -22,48 +22,12 @@ from pathlib import Path
 
 import torch
 import webdataset
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from benchmarks.sizes import CLIP_L_TEXT, SD15_UNET, VAE, VIT_H, noise_schedule
 from ipa_train.bases.tiny import tiny_tokenizer
-
-UNET = {
-    "sample_size": 64,
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "block_out_channels": (320, 640, 1280, 1280),
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-}
-VAE = {
-    "sample_size": 512,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-}
-TEXT = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-    "vocab_size": 49408,
-    "bos_token_id": 512,  # those of the byte-level tokenizer that stands in for CLIP's
-    "eos_token_id": 513,
-    "pad_token_id": 513,
-}
-VISION = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "projection_dim": 1024,
-    "image_size": 224,
-    "patch_size": 14,
-    "hidden_act": "gelu",
-}
 
 
 def write_models(folder: Path) -> None:
@@ -73,18 +37,16 @@ def write_models(folder: Path) -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     StableDiffusionPipeline(
-        unet=UNet2DConditionModel(**UNET),
+        unet=UNet2DConditionModel(**SD15_UNET),
         vae=AutoencoderKL(**VAE),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**CLIP_L_TEXT)),
         tokenizer=tiny_tokenizer(),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-        ),
+        scheduler=noise_schedule(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder / "base")
-    CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION)).save_pretrained(folder / "image_encoder")
+    CLIPVisionModelWithProjection(CLIPVisionConfig(**VIT_H)).save_pretrained(folder / "image_encoder")
     torch.set_default_dtype(torch.float32)
 
 
