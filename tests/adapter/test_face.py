@@ -56,7 +56,8 @@ def test_a_new_lora_changes_nothing_and_a_trained_one_does(base):
     expected = predict(base, plain(features))
     plain.detach()
     with_lora.attach(adapter_sites(base, lora_rank=8))
-    assert torch.equal(predict(base, with_lora(features)), expected)
+    # Attentions under a LoRA run by their own processors, others by joined products.
+    torch.testing.assert_close(predict(base, with_lora(features)), expected, rtol=1e-4, atol=1e-5)
     for name, weight in with_lora.named_parameters():
         if "attn1" in name and name.endswith("up.weight"):
             weight.normal_()
