@@ -20,8 +20,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks.full_size import TEXT, UNET, VAE
 from benchmarks.reporting import facts, finish, parser, table
+from benchmarks.sizes import CLIP_L_TEXT, SD15_UNET, VAE
 from ipa_train.adapter import LinearProjector
 from ipa_train.bases import StableDiffusion
 from ipa_train.bases.tiny import tiny_tokenizer
@@ -63,9 +63,9 @@ def make_module(case: Case, device: str) -> AdapterTraining:
     torch.manual_seed(0)
     torch.set_default_dtype(case.dtype)
     with torch.device(device):
-        unet = UNet2DConditionModel(**UNET | _narrow(UNET, case.width))
+        unet = UNet2DConditionModel(**SD15_UNET | _narrow(SD15_UNET, case.width))
         vae = AutoencoderKL(**VAE | _narrow(VAE, case.width))
-        text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT | {"num_hidden_layers": round(12 * case.width)}))
+        text_encoder = CLIPTextModel(CLIPTextConfig(**CLIP_L_TEXT | {"num_hidden_layers": round(12 * case.width)}))
     torch.set_default_dtype(torch.float32)
     with torch.device(device):
         return AdapterTraining(

@@ -19,9 +19,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks.full_size import UNET
 from benchmarks.reporting import cpu_seconds
 from benchmarks.scaling_model import fill_buckets
+from benchmarks.sizes import SD15_UNET
 from ipa_train.adapter import LinearProjector
 from ipa_train.bases import StableDiffusion
 from ipa_train.bases.tiny import randomise, tiny_tokenizer, tiny_vae
@@ -40,7 +40,7 @@ def small_training(width: int) -> AdapterTraining:
     """SD 1.5 in bf16 with ``width`` channels at its top where the real one has 320, and text in proportion."""
     text_dim = width * 768 // 320
     unet = UNet2DConditionModel(
-        **UNET
+        **SD15_UNET
         | {
             "block_out_channels": (width, 2 * width, 4 * width, 4 * width),
             "norm_num_groups": 8,
