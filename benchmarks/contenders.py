@@ -4,18 +4,16 @@ Beside UNets there is no tutorial: the reference then is our own step, run in th
 autocast, the loss fetched and printed at every step). Loops and data are left out on both sides.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.reference_step import Given, ReferenceBatch, ReferenceStep, tokenise
+from benchmarks.reference_step import Given, ReferenceBatch, ReferenceStep, tokenise, update
 from benchmarks.sizes import build
 from ipa_train.acceleration import Acceleration
 from ipa_train.adapter import LinearProjector, Projector, Resampler, TimeResampler
@@ -134,14 +132,7 @@ class AutocastStep:
 
     def step(self, batch: Batch) -> None:
         """One update."""
-        loss = self.loss(batch)
-        mean = None if self.lean else loss.item()
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if not self.lean:
-            with Path(os.devnull).open("w") as console:
-                print(f"step_loss: {mean}", file=console)
+        update(self.loss(batch), len(batch), self.optimizer, lean=self.lean)
 
 
 def make_reference(

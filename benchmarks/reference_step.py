@@ -208,15 +208,18 @@ class ReferenceStep(nn.Module):
 
     def step(self, batch: ReferenceBatch) -> None:
         """One update."""
-        loss = self.loss(batch)
-        if not self.lean:
-            mean = loss.repeat(len(batch.drop_image)).mean().item()
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if not self.lean:
-            with Path(os.devnull).open("w") as console:
-                print(f"step_loss: {mean}", file=console)
+        update(self.loss(batch), len(batch.drop_image), self.optimizer, lean=self.lean)
+
+
+def update(loss: Tensor, batch_size: int, optimizer: torch.optim.Optimizer, *, lean: bool) -> None:
+    """One update as the tutorials make it; ``lean`` goes without the loss fetched and printed."""
+    mean = None if lean else loss.repeat(batch_size).mean().item()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if not lean:
+        with Path(os.devnull).open("w") as console:
+            print(f"step_loss: {mean}", file=console)
 
 
 def tokenise(base: UNetBase, captions: Sequence[str], device: torch.device) -> tuple[Tensor, ...]:
