@@ -19,6 +19,7 @@ VERBS = {
     "export": "write a checkpoint's adapter for diffusers, ComfyUI and Tencent's code",
     "import": "say what an adapter file is, and who can load it",
     "sample": "generate pictures with an adapter file",
+    "eval": "score an adapter file by the paper's protocol, with a report",
     "data": "tools over shards: index, pack, validate and more",
 }
 EXIT_USER_ERROR = 2

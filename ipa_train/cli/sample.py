@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
+from ipa_train.cli.pipeline import add_pipeline_arguments, open_pipeline
 from ipa_train.data.decode import decode_image
 from ipa_train.data.embedding import read_embedding
 from ipa_train.errors import ConfigError, DataError
@@ -23,7 +24,7 @@ _MAX_PIXELS = 200_000_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("--adapter", type=Path, required=True, help=".safetensors or .bin")
+    add_pipeline_arguments(parser)
     parser.add_argument("--image", type=Path, nargs="+", default=[], help="image prompt(s), a row of pictures each")
     parser.add_argument(
         "--embedding", type=Path, nargs="+", default=[], help=".npy of each image prompt, for adapters that read such"
@@ -42,40 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=30, help="sampler steps")
     parser.add_argument("--guidance", type=float, help="the pipeline's own by default")
     parser.add_argument("--size", type=int, help="pixels; the model's own size by default")
-    parser.add_argument(
-        "--base", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="diffusers folder or hub id"
-    )
-    parser.add_argument("--image-encoder", default="h94/IP-Adapter", help="folder or hub id")
-    parser.add_argument("--image-encoder-subfolder", help="default: models/image_encoder for h94/IP-Adapter, else none")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
     parser.add_argument("--out", type=Path, default=Path("samples"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate, write PNGs and a grid."""
     from ipa_train.eval.generate import grid, seeds
-    from ipa_train.eval.pipeline import load_pipeline
 
     _check(args)
     pictures = [_open(path, "--image") for path in args.image]
     embeddings = _read_embeddings(args.embedding)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    subfolder = args.image_encoder_subfolder
-    if subfolder is None:
-        subfolder = "models/image_encoder" if args.image_encoder == "h94/IP-Adapter" else ""
-    loaded = load_pipeline(
-        args.base,
-        args.adapter,
-        args.image_encoder,
-        subfolder=subfolder,
-        dtype=args.dtype or ("bfloat16" if device == "cuda" else "float32"),
-        device=device,
-    )
-    multiple = loaded.base.size_multiple
-    if args.size is not None and (args.size < multiple or args.size % multiple):
-        raise ConfigError(f"--size {args.size} must be a multiple of {multiple}.")
-    if args.steps > (most := loaded.base.schedule.num_timesteps):
-        raise ConfigError(f"--steps {args.steps} must be at most {most}, which is how finely the base's noise is cut.")
+    loaded = open_pipeline(args)
+    loaded.check(size=args.size, num_inference_steps=args.steps)
     needed: list[tuple[str, Sequence[Any], object]] = [("--image", pictures, loaded.image_encoder.image_size)]
     needed += [("--embedding", args.embedding, loaded.image_encoder.embedding_shape)]
     for option, given, wanted in needed:

@@ -1,4 +1,4 @@
-"""Pictures with captions to evaluate on: a data set in the format of COCO captions, or a folder of pictures and texts."""
+"""Pictures with captions to evaluate on: in the format of COCO captions, or a folder of pictures and texts."""
 
 import hashlib
 import json

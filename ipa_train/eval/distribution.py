@@ -67,7 +67,7 @@ def distances(real: Float[Tensor, "n f"], generated: Float[Tensor, "m f"]) -> Di
         warnings.simplefilter("ignore", UserWarning)  # that KID keeps all features, which it was handed
         kid = KernelInceptionDistance(feature=stored, subset_size=min(_SUBSET_SIZE, smaller))
     for features, is_real in ((real, True), (generated, False)):
-        for chunk in features.split(_CHUNK):
+        for chunk in torch.split(features, _CHUNK):
             fid.update(chunk, real=is_real)
             kid.update(chunk, real=is_real)
     with torch.random.fork_rng(devices=[]):

@@ -48,7 +48,7 @@ class Protocol:
 
 def comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What two results must have in common to be put side by side: all but what is compared."""
-    free = ("adapter", "base", "image_encoder", "dtype", "versions")
+    free = ("adapter", "base", "image_encoder", "dtype", "scales", "versions")
     return {name: value for name, value in facts.items() if name not in free}
 
 
