@@ -103,7 +103,7 @@ def _pictures(args: argparse.Namespace) -> list[CaptionedPicture]:
     if absent and (len(absent) == len(pictures) or not args.allow_missing):
         raise ConfigError(
             f"--images {args.images}: {len(absent)} of the {len(pictures)} pictures of {args.annotations} are not "
-            f"there, e.g. {absent[0].path.name}; give the folder that they are in, or --allow-missing to leave out a few."
+            f"there, e.g. {absent[0].path.name}; --allow-missing leaves such pictures out."
         )
     return pictures
 
