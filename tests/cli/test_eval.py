@@ -257,7 +257,7 @@ def test_a_damaged_part_is_named(command, finished, tmp_path, capfd):
         (["--clip", "none", "--dino", "none", "--fid", "none"], "there is nothing to score by"),
         (["--clip", "nowhere"], "--clip nowhere .*: cannot load"),
         (["--size", "36"], "--size 36 must be a multiple of 8"),
-        (["--steps", "1001"], "--steps 1001 must be from 1 to 600"),
+        (["--steps", "1001"], "--steps 1001 must be from 1 to 1000"),
         (["--num-tasks", "2", "--task-index", "2"], "--task-index=2 must be from 0"),
     ],
 )
