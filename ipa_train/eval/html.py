@@ -28,7 +28,7 @@ svg text { fill: var(--soft); }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--soft); font-size: 13px; }
 th, td { padding: 4px 10px 4px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-tr:last-child td { border: 0; }
+tr:last-child td, tr:last-child th { border: 0; }
 td.number, th.number { text-align: right; }
 """
 

@@ -37,6 +37,7 @@ _MEANINGS = {
 _NUM_SHOWN = 6  # image prompts at each end
 _STYLE = """
 .theirs td { color: var(--soft); } td.split { padding-top: 16px; white-space: normal; color: var(--soft); }
+.four { grid-template-columns: repeat(auto-fill, minmax(500px, 1fr)); }
 .cases { grid-template-columns: repeat(auto-fill, minmax(580px, 1fr)); }
 .case { padding: 12px; } .case .row { display: flex; gap: 4px; } .case .row span { flex: 1 1 0; min-width: 0; }
 .case img { display: block; width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 4px; }
@@ -60,10 +61,11 @@ def draw_report(results: Mapping[Path, Summary], parts: Parts) -> str:
         f'<div class="card">{_draw_table(results)}</div>',
     ]
     if len(summary.by_scale) > 1:
+        curves = list(_draw_curves(results))
         body += [
             "<h2>Over the scale &lambda;</h2>",
             "<p>From the same seeds at every &lambda;: 0 is the base model without image prompts.</p>",
-            f'<div class="grid charts">{"".join(_draw_curves(results))}</div>',
+            f'<div class="grid charts {"four" if len(curves) == 4 else ""}">{"".join(curves)}</div>',
         ]
     body += _draw_cases(parts, shown)
     body += ["<h2>How it was made</h2>", draw_facts(_facts(summary))]
