@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import logging
 import platform
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -111,7 +112,8 @@ def _pictures(args: argparse.Namespace) -> list[CaptionedPicture]:
 def _facts(args: argparse.Namespace, protocol: Protocol, pictures: Sequence[CaptionedPicture]) -> dict[str, Any]:
     """What the numbers depend on: results of other facts are other results."""
     try:
-        adapter = hashlib.sha256(args.adapter.read_bytes()).hexdigest()
+        with args.adapter.open("rb") as file:
+            adapter = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(f"--adapter {args.adapter}: cannot be read: {error.strerror}.") from error
     packages = " ".join(f"{name} {metadata.version(name)}" for name in ("torch", "diffusers", "transformers"))
@@ -179,7 +181,8 @@ def _report(args: argparse.Namespace, parts: "Parts", facts: dict[str, Any]) -> 
     for row in summary.by_scale:
         found = [f"{name} {mean.mean:.4f}" for name, mean in row.scores.items()]
         found += [f"fid {row.distances.fid:.3f} kid {row.distances.kid:.5f}"] if row.distances else []
-        _log.info("scale %g: %s", row.scale, ", ".join(found))
+        sys.stdout.write(f"scale {row.scale:g}: {', '.join(found)}\n")
     if summary.left_out:
         _log.warning("%d pictures were left out, e.g. %s", len(summary.left_out), summary.left_out[0])
-    _log.info("%d image prompts; %s", summary.num_pictures, args.out / REPORT)
+    # Not to the log, which shows news of rank 0 alone: any rank may be the last.
+    sys.stdout.write(f"{summary.num_pictures:,} image prompts; {args.out / REPORT}\n")

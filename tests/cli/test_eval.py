@@ -127,8 +127,9 @@ def test_a_rank_alone_leaves_the_rest_and_the_report_to_others(command, tmp_path
     assert not (tmp_path / "half" / "report.html").exists()
 
 
-def test_a_picture_does_not_depend_on_which_others_there_are(command, finished, tmp_path):
+def test_a_picture_does_not_depend_on_which_others_there_are(command, finished, tmp_path, capfd):
     assert main(command("few", *SWEEP, "--num-images", "3")) == 0
+    assert re.search(r"scale 1: clip_i 0\.\d+.*\n3 image prompts; .*report\.html\n$", capfd.readouterr().out)
     few = table(tmp_path / "few")
     assert few == [row for row in table(finished) if row["id"] in {"0", "7", "14"}]
 
