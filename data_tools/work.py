@@ -102,16 +102,20 @@ def make_output_folder(path: Path, *, option: str = "--out") -> Path:
     return path
 
 
-def claim_folder(folder: Path, mark: str, facts: Mapping[str, Any]) -> None:
+def claim_folder(
+    folder: Path, mark: str, facts: Mapping[str, Any], *, what: str = "shards", pattern: str = "*.tar"
+) -> None:
     """Make an output folder this work's own: what it is made of and how is written to its file ``mark``, once.
 
+    ``what`` the work makes are files like ``pattern``.
+
     Raises:
-        ConfigError: it holds shards of another origin, and what differs; or it cannot be used.
+        ConfigError: it holds such files of another origin, and what differs; or it cannot be used.
     """
     path = make_output_folder(folder) / mark
     if not path.exists():
-        if any(folder.glob("*.tar")):
-            raise ConfigError(f"--out {folder} holds shards, and no {mark} says what they are; give another folder.")
+        if any(folder.glob(pattern)):
+            raise ConfigError(f"--out {folder} holds {what}, and no {mark} says what they are; give another folder.")
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(facts, indent=1))
     try:
@@ -121,7 +125,7 @@ def claim_folder(folder: Path, mark: str, facts: Mapping[str, Any]) -> None:
     # As JSON has it, a tuple is a list; and what an older mark does not speak of is None.
     if differing := difference(there, json.loads(json.dumps(facts))):
         raise ConfigError(
-            f"--out {folder} holds shards made in another way: {differing}; give another folder, or delete this one."
+            f"--out {folder} holds {what} made in another way: {differing}; give another folder, or delete this one."
         )
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ipa_train.bases import Flux, StableDiffusion
 from ipa_train.bases.tiny import save_tiny_models, tiny_pipeline
+from ipa_train.bases.tiny_encoders import save_tiny_scorers
 from ipa_train.conditioning import CLIPImageEncoder
 
 torch.set_num_threads(1)
@@ -40,6 +41,12 @@ def pytest_addoption(parser):
 def tiny_models(tmp_path_factory):
     """Folders of a tiny random SD 1.5 and of a tiny CLIP image encoder."""
     return save_tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def tiny_scorers(tmp_path_factory):
+    """Folders of a tiny random CLIP (text and image) and of a tiny DINOv2, to score pictures by."""
+    return save_tiny_scorers(tmp_path_factory.mktemp("scorers"))
 
 
 @pytest.fixture(scope="session")

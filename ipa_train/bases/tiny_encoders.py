@@ -1,8 +1,13 @@
-"""A random miniature of each family of image encoders but CLIP, which stands beside the tiny bases."""
+"""A random miniature of each family of image encoders, and of a whole CLIP; its image half stands beside the bases."""
 
+from pathlib import Path
 from typing import TypeVar
 
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
@@ -16,7 +21,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from ipa_train.bases.tiny import randomise
+from ipa_train.bases.tiny import randomise, tiny_tokenizer
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 _SIZES = {"hidden_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 8}
@@ -42,6 +47,24 @@ def tiny_dino(model_type: str = "dinov2") -> PreTrainedModel:
     sizes = _SIZES | {"num_attention_heads": 2}  # rotary positions want heads whose width is a multiple of 4
     config = DINOv3ViTConfig(**sizes, intermediate_size=64, image_size=32, num_register_tokens=4)
     return _randomised(DINOv3ViTModel(config))
+
+
+def tiny_clip() -> CLIPModel:
+    """A random CLIP, text and image: 32 px, 16 patches, width 40, projection 24, for ``tiny_tokenizer``."""
+    sizes = {"hidden_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes |= {"projection_dim": 24}  # in each half, as published ones have it
+    text = CLIPTextConfig(**sizes, vocab_size=514, bos_token_id=512, eos_token_id=513, pad_token_id=513)
+    vision = CLIPVisionConfig(**sizes, image_size=32, patch_size=8)
+    return _randomised(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)))
+
+
+def save_tiny_scorers(folder: Path) -> tuple[Path, Path]:
+    """Write a whole CLIP with its tokenizer and a DINOv2 under ``folder``; return their paths."""
+    clip, dino = folder / "clip", folder / "dino"
+    tiny_clip().save_pretrained(clip)
+    tiny_tokenizer().save_pretrained(clip)
+    tiny_dino().save_pretrained(dino)
+    return clip, dino
 
 
 def _randomised(model: Model) -> Model:

@@ -8,7 +8,6 @@ there are many processes, run `ipa data index` first: each would do it all.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from ipa_train.conditioning import ImageEncoder
 from ipa_train.data.batch import Pictures
 from ipa_train.data.cache import encoders_identity
 from ipa_train.errors import DataError
+from ipa_train.runtime.device import local_device
 from ipa_train.runtime.logging import setup_logging
 
 
@@ -43,10 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Encode this process's share of the shards, and report."""
     setup_logging()
     config = load_config(["run.name=encode", *args.overrides], config_dir=args.config_dir)
-    device = torch.device("cpu")
-    if torch.cuda.is_available() and config.trainer.accelerator != "cpu":
-        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())  # a task may see its own GPU alone
+    device = torch.device("cpu") if config.trainer.accelerator == "cpu" else local_device()
     family = locate(config.base._target_, "base").__self__
     vae = family.load_vae(**{key: value for key, value in config.base.items() if key != "_target_"}).to(device)
     image_encoder: ImageEncoder = instantiate(config.image_encoder).to(device)

@@ -19,6 +19,7 @@ VERBS = {
     "export": "write a checkpoint's adapter for diffusers, ComfyUI and Tencent's code",
     "import": "say what an adapter file is, and who can load it",
     "sample": "generate pictures with an adapter file",
+    "eval": "score an adapter file by the paper's protocol, with a report",
     "data": "tools over shards: index, pack, validate and more",
 }
 EXIT_USER_ERROR = 2
@@ -91,6 +92,10 @@ def _silence_imports() -> None:
     # transformers offers torchvision for image processors; ours are those of PIL, as the released adapters' were.
     logging.getLogger("transformers.utils.import_utils").addFilter(
         lambda record: "requires torchvision" not in record.getMessage()
+    )
+    # It lists the other half of a CLIP, where one half is wanted; what is missing, the loaders say themselves.
+    logging.getLogger("transformers.modeling_utils").addFilter(
+        lambda record: "LOAD REPORT" not in record.getMessage() or "MISSING" in record.getMessage()
     )
 
 

@@ -5,14 +5,14 @@ ipa sample --adapter exported/ip_adapter.safetensors --image photo.jpg --prompt 
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 
+from ipa_train.cli.pipeline import add_pipeline_arguments, open_pipeline, writing
 from ipa_train.data.decode import decode_image
 from ipa_train.data.embedding import read_embedding
 from ipa_train.errors import ConfigError, DataError
@@ -23,7 +23,7 @@ _MAX_PIXELS = 200_000_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("--adapter", type=Path, required=True, help=".safetensors or .bin")
+    add_pipeline_arguments(parser)
     parser.add_argument("--image", type=Path, nargs="+", default=[], help="image prompt(s), a row of pictures each")
     parser.add_argument(
         "--embedding", type=Path, nargs="+", default=[], help=".npy of each image prompt, for adapters that read such"
@@ -42,47 +42,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=30, help="sampler steps")
     parser.add_argument("--guidance", type=float, help="the pipeline's own by default")
     parser.add_argument("--size", type=int, help="pixels; the model's own size by default")
-    parser.add_argument(
-        "--base", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="diffusers folder or hub id"
-    )
-    parser.add_argument("--image-encoder", default="h94/IP-Adapter", help="folder or hub id")
-    parser.add_argument("--image-encoder-subfolder", help="default: models/image_encoder for h94/IP-Adapter, else none")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
     parser.add_argument("--out", type=Path, default=Path("samples"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate, write PNGs and a grid."""
     from ipa_train.eval.generate import grid, seeds
-    from ipa_train.eval.pipeline import load_pipeline
 
     _check(args)
     pictures = [_open(path, "--image") for path in args.image]
     embeddings = _read_embeddings(args.embedding)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    subfolder = args.image_encoder_subfolder
-    if subfolder is None:
-        subfolder = "models/image_encoder" if args.image_encoder == "h94/IP-Adapter" else ""
-    loaded = load_pipeline(
-        args.base,
-        args.adapter,
-        args.image_encoder,
-        subfolder=subfolder,
-        dtype=args.dtype or ("bfloat16" if device == "cuda" else "float32"),
-        device=device,
-    )
-    multiple = loaded.base.size_multiple
-    if args.size is not None and (args.size < multiple or args.size % multiple):
-        raise ConfigError(f"--size {args.size} must be a multiple of {multiple}.")
-    if args.steps > (most := loaded.base.schedule.num_timesteps):
-        raise ConfigError(f"--steps {args.steps} must be at most {most}, which is how finely the base's noise is cut.")
+    loaded = open_pipeline(args)
+    loaded.check(size=args.size, num_inference_steps=args.steps)
     needed: list[tuple[str, Sequence[Any], object]] = [("--image", pictures, loaded.image_encoder.image_size)]
     needed += [("--embedding", args.embedding, loaded.image_encoder.embedding_shape)]
     for option, given, wanted in needed:
         if bool(given) != (wanted is not None):
             verb = "needs" if wanted is not None else "has no use for"
             raise ConfigError(f"{args.adapter}: this adapter {verb} {option}.")
-    with _writing(args.out):
+    with writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
     paths, features = args.image or args.embedding, loaded.features(pictures, embeddings)
     rows = [list(range(len(paths)))] if args.together else [[i] for i in range(len(paths))]
@@ -149,13 +127,5 @@ def _open(path: Path, option: str) -> Image.Image:
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    with _writing(path.parent), atomic_write(path) as temporary:
+    with writing(path.parent), atomic_write(path) as temporary:
         image.save(temporary, format="PNG")
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"--out {folder}: cannot write there: {error.strerror or error}.") from error

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.utils import logging as diffusers_logging
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -90,6 +90,20 @@ class AdapterPipeline:
         images: list[Image.Image] = self.pipeline(prompt, **arguments, **options).images
         return images
 
+    def check(self, *, size: int | None, num_inference_steps: int) -> None:
+        """Refuse a height and width, or a number of steps, that the base cannot draw with.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        multiple, most = self.base.size_multiple, self.base.schedule.num_timesteps
+        if size is not None and (size < multiple or size % multiple):
+            raise ConfigError(f"--size {size} must be a multiple of {multiple}.")
+        if not 1 <= num_inference_steps <= most:
+            raise ConfigError(
+                f"--steps {num_inference_steps} must be from 1 to {most}, which is how finely the base's noise is cut."
+            )
+
     def features(
         self, pictures: Sequence[Image.Image], embeddings: Float[Tensor, "n *s f"] | None = None
     ) -> tuple[Float[Tensor, "n *_"], ...]:
@@ -98,12 +112,16 @@ class AdapterPipeline:
         for i in range(len(pictures) or len(embeddings if embeddings is not None else ())):
             pixels = None
             if pictures:
-                data = torch.frombuffer(bytearray(pictures[i].tobytes()), dtype=torch.uint8)
-                pixels = data.reshape(1, pictures[i].height, pictures[i].width, 3).permute(0, 3, 1, 2)
-                pixels = pixels.to(self.pipeline.device)
+                pixels = to_pixels(pictures[i]).to(self.pipeline.device)
             stored = None if embeddings is None else embeddings[i : i + 1].to(self.pipeline.device)
             rows.append(self.image_encoder.features(pixels, self.adapter.feature_kinds, embeddings=stored))
         return tuple(torch.cat(kind) for kind in zip(*rows, strict=True))
+
+
+def to_pixels(image: Image.Image) -> UInt8[Tensor, "1 c h w"]:
+    """An RGB picture as a batch of one."""
+    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return data.reshape(1, image.height, image.width, 3).permute(0, 3, 1, 2)
 
 
 def load_pipeline(
