@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from data_tools.histogram import Histogram, short_number
+from ipa_train.eval.line_chart import round_ticks
 
 _WIDTH, _HEIGHT, _FOOT = 360, 130, 20  # of a chart, and of the numbers below it
 _TOP, _BOTTOM = 12, _HEIGHT - _FOOT  # of the bars; above is room for a mark's name
@@ -107,7 +108,4 @@ def _ticks(axis: _Axis) -> Iterator[float]:
                 break
         yield from found
         return
-    rough = (high - low) / (_MAX_TICKS - 1)
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= rough)
-    yield from np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
+    yield from round_ticks(low, high, most=_MAX_TICKS)

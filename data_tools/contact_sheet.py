@@ -1,6 +1,5 @@
 """A few samples of a data set, drawn at random, small enough to be kept inside a page."""
 
-import base64
 import io
 from dataclasses import dataclass
 
@@ -24,8 +23,8 @@ class DrawnSample:
     caption: str
     size: tuple[int, int]
     """Height and width of the stored picture, in pixels."""
-    jpeg: str
-    """Of the thumbnail, in base 64; empty where the sample is bad, and the caption says why."""
+    jpeg: bytes
+    """Of the thumbnail; empty where the sample is bad, and the caption says why."""
 
 
 def draw_samples(index: Index, num_samples: int, *, seed: int) -> list[DrawnSample]:
@@ -47,9 +46,9 @@ def _draw(reader: ShardReader, shard: int, row: int) -> DrawnSample:
         data, caption, *_ = reader.read(shard, row)
         image = decode_image(data, max_pixels=MAX_PIXELS)
     except DataError as error:
-        return DrawnSample(name, str(error), (0, 0), "")
+        return DrawnSample(name, str(error), (0, 0), b"")
     size = (image.height, image.width)
     image.thumbnail((_THUMBNAIL_SIZE, _THUMBNAIL_SIZE))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=_JPEG_QUALITY)
-    return DrawnSample(name, caption, size, base64.b64encode(buffer.getvalue()).decode())
+    return DrawnSample(name, caption, size, buffer.getvalue())

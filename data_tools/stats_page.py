@@ -8,37 +8,14 @@ from data_tools.charts import draw_bucket, draw_histogram
 from data_tools.contact_sheet import DrawnSample
 from data_tools.histogram import Histogram, short_number
 from data_tools.shard_stats import MEASURES
+from ipa_train.eval.html import draw_html, draw_jpeg, draw_tiles
 
 _STYLE = """
-:root { --ink: #1c2430; --soft: #66707f; --line: #e3e7ed; --blue: #3b6fd4; --amber: #c77d1a; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f6f7f9; color: var(--ink); font: 15px/1.45 system-ui, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1240px; margin: 0 auto; padding: 32px 28px 64px; }
-h1 { margin: 0; font-size: 26px; font-weight: 650; letter-spacing: -.01em; }
-h2 { margin: 40px 0 4px; font-size: 18px; font-weight: 650; }
-p { margin: 0 0 14px; color: var(--soft); max-width: 78ch; }
-.grid { display: grid; gap: 14px; }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); margin-top: 8px; }
-.charts { grid-template-columns: repeat(auto-fill, minmax(370px, 1fr)); }
 .sheet { grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); }
-.card { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
-.charts .card { display: flex; flex-direction: column; }
-.charts svg { margin-top: auto; padding-top: 8px; }
-.tile b { display: block; font-size: 25px; font-weight: 650; letter-spacing: -.01em; }
-.tile, .card small, figcaption small { color: var(--soft); font-size: 13px; }
-.tile b, .card h3 { color: var(--ink); }
-.card h3 { margin: 0; font-size: 15px; font-weight: 600; }
-svg { display: block; width: 100%; height: auto; font: 11px system-ui, sans-serif; }
-svg text { fill: var(--soft); }
 .bar { fill: var(--blue); } .bar.beyond { fill: #a9bfe9; } .bar:hover { fill: #1d4aa3; }
-.axis { stroke: var(--line); } .median { stroke: var(--ink); } .mark { stroke: var(--amber); stroke-dasharray: 3 3; }
+.median { stroke: var(--ink); } .mark { stroke: var(--amber); stroke-dasharray: 3 3; }
 svg text.mark-name { fill: var(--amber); }
 .range { fill: #eef2fb; }
-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 600; color: var(--soft); font-size: 13px; }
-th, td { padding: 4px 10px 4px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-tr:last-child td { border: 0; }
-td.number, th.number { text-align: right; }
 td.share { width: 55%; }
 td.share span { display: block; height: 12px; border-radius: 3px; background: var(--blue); }
 td svg { width: 26px; height: 26px; } td svg rect { fill: #dbe5f8; stroke: var(--blue); }
@@ -67,7 +44,7 @@ def draw_page(
     body = [
         f"<h1>{counts['samples']:,} samples in {counts['shards']:,} shards</h1>",
         f"<p>{escape(source)}</p>",
-        f'<div class="grid tiles">{"".join(_draw_tiles(counts, histograms, resolution))}</div>',
+        draw_tiles(_tiles(counts, histograms, resolution)),
         "<h2>Pictures and captions</h2>",
         "<p>The dark line is the median, the shaded range holds 90 % of the samples; both are approximate, to the width"
         " of a bar. Pale bars hold all that lies beyond the axis.</p>",
@@ -83,11 +60,10 @@ def draw_page(
             "<p>As they are stored, scaled down; the whole caption shows under the pointer.</p>",
             f'<div class="grid sheet">{"".join(map(_draw_sample, samples))}</div>',
         ]
-    head = f'<meta charset="utf-8"><title>Data set statistics</title><style>{_STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>{"".join(body)}</main></body></html>\n'
+    return draw_html("Data set statistics", body, style=_STYLE)
 
 
-def _draw_tiles(counts: Mapping[str, int], histograms: Mapping[str, Histogram], resolution: int) -> list[str]:
+def _tiles(counts: Mapping[str, int], histograms: Mapping[str, Histogram], resolution: int) -> list[tuple[str, str]]:
     share = counts["pictures smaller than the resolution"] / max(1, counts["samples"])
     tiles = [
         (_show_bytes(counts["bytes"]), "of pictures and captions"),
@@ -99,7 +75,7 @@ def _draw_tiles(counts: Mapping[str, int], histograms: Mapping[str, Histogram], 
             tiles.append((f"{histograms[name].percentile(50):,.0f}", what))
     if unread := counts.get("pictures whose size cannot be read", 0) + counts.get("captions that cannot be read", 0):
         tiles.append((f"{unread:,}", "pictures or captions cannot be read"))
-    return [f'<div class="card tile"><b>{value}</b>{what}</div>' for value, what in tiles]
+    return tiles
 
 
 def _show_bytes(number: float) -> str:
@@ -137,7 +113,7 @@ def _draw_sample(sample: DrawnSample) -> str:
     height, width = sample.size
     name, caption = escape(sample.name), escape(sample.caption)
     if sample.jpeg:
-        picture = f'<img alt="" src="data:image/jpeg;base64,{sample.jpeg}">'
+        picture = draw_jpeg(sample.jpeg)
         words = (
             f'<div title="{caption}">{caption or "(no caption)"}</div>'
             f"<small>{width} &times; {height} &middot; {name}</small>"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from data_tools.work import add_share_arguments, claim_folder, my_share
-from ipa_train.cli.pipeline import add_pipeline_arguments, encoder_subfolder, open_pipeline, precision
+from ipa_train.cli.pipeline import add_pipeline_arguments, encoder_subfolder, open_pipeline, precision, writing
 from ipa_train.errors import ConfigError
 from ipa_train.eval.captions import CaptionedPicture, fingerprint, missing, read_pictures
 from ipa_train.eval.protocol import TEXTS, Protocol
@@ -103,7 +103,7 @@ def _pictures(args: argparse.Namespace) -> list[CaptionedPicture]:
     if absent and (len(absent) == len(pictures) or not args.allow_missing):
         raise ConfigError(
             f"--images {args.images}: {len(absent)} of the {len(pictures)} pictures of {args.annotations} are not "
-            f"there, e.g. {absent[0].path.name}; give the folder that they are in, or --allow-missing to leave out a few."
+            f"there, e.g. {absent[0].path.name}; --allow-missing leaves such pictures out."
         )
     return pictures
 
@@ -137,7 +137,10 @@ def _evaluation(args: argparse.Namespace, protocol: Protocol) -> "Evaluation":
 
     clip, dino = (None if path == _NONE else path for path in (args.clip, args.dino))
     network = None if args.fid == _NONE else FeatureNetwork.from_pretrained(args.fid)
-    scores = SimilarityScores.from_pretrained(clip=clip, dino=dino)
+    try:
+        scores = SimilarityScores.from_pretrained(clip=clip, dino=dino)
+    except ConfigError as error:
+        raise ConfigError(f"--clip {args.clip} --dino {args.dino}: {error}") from error
     if not scores.names and network is None:
         raise ConfigError("--clip, --dino and --fid are none: there is nothing to score by.")
     loaded = open_pipeline(args)
@@ -154,7 +157,8 @@ def _make(parts: "Parts", todo: Sequence[int], evaluation: "Evaluation") -> None
         for part in todo:
             pictures = parts.pictures_of(part)
             rows, notes = evaluation.run(pictures)
-            parts.write(part, rows, notes)
+            with writing(parts.folder.parent):
+                parts.write(part, rows, notes)
             bar.update(len(pictures))
 
 
@@ -166,10 +170,12 @@ def _report(args: argparse.Namespace, parts: "Parts", facts: dict[str, Any]) -> 
     others = {folder: Summary.read(folder) for folder in args.compare}
     for folder, other in others.items():
         summary.require_comparable(other, source=f"--compare {folder}")
-    summary.write(args.out)
-    write_table(parts, args.out / TABLE)
-    with atomic_write(args.out / REPORT) as temporary:
-        temporary.write_text(draw_report({args.out: summary, **others}, parts))
+    page = draw_report({args.out: summary, **others}, parts)
+    with writing(args.out):
+        summary.write(args.out)
+        write_table(parts, args.out / TABLE)
+        with atomic_write(args.out / REPORT) as temporary:
+            temporary.write_text(page)
     for row in summary.by_scale:
         found = [f"{name} {mean.mean:.4f}" for name, mean in row.scores.items()]
         found += [f"fid {row.distances.fid:.3f} kid {row.distances.kid:.5f}"] if row.distances else []

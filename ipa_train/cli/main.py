@@ -94,6 +94,10 @@ def _silence_imports() -> None:
     logging.getLogger("transformers.utils.import_utils").addFilter(
         lambda record: "requires torchvision" not in record.getMessage()
     )
+    # It lists the other half of a CLIP, where one half is wanted; what is missing, the loaders say themselves.
+    logging.getLogger("transformers.modeling_utils").addFilter(
+        lambda record: "LOAD REPORT" not in record.getMessage() or "MISSING" in record.getMessage()
+    )
 
 
 def _help() -> str:

@@ -1,9 +1,12 @@
 """What the verbs that draw with an adapter file have in common: which file, on which base, by which encoder."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ipa_train.errors import ConfigError
 from ipa_train.runtime.device import local_device
 
 if TYPE_CHECKING:
@@ -49,3 +52,12 @@ def open_pipeline(args: argparse.Namespace) -> "AdapterPipeline":
         dtype=precision(args),
         device=str(local_device()),
     )
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what the system says, when ``--out`` cannot be written to, into an error of the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: cannot write there: {error.strerror or error}.") from error

@@ -5,15 +5,14 @@ ipa sample --adapter exported/ip_adapter.safetensors --image photo.jpg --prompt 
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 
-from ipa_train.cli.pipeline import add_pipeline_arguments, open_pipeline
+from ipa_train.cli.pipeline import add_pipeline_arguments, open_pipeline, writing
 from ipa_train.data.decode import decode_image
 from ipa_train.data.embedding import read_embedding
 from ipa_train.errors import ConfigError, DataError
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         if bool(given) != (wanted is not None):
             verb = "needs" if wanted is not None else "has no use for"
             raise ConfigError(f"{args.adapter}: this adapter {verb} {option}.")
-    with _writing(args.out):
+    with writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
     paths, features = args.image or args.embedding, loaded.features(pictures, embeddings)
     rows = [list(range(len(paths)))] if args.together else [[i] for i in range(len(paths))]
@@ -128,13 +127,5 @@ def _open(path: Path, option: str) -> Image.Image:
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    with _writing(path.parent), atomic_write(path) as temporary:
+    with writing(path.parent), atomic_write(path) as temporary:
         image.save(temporary, format="PNG")
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"--out {folder}: cannot write there: {error.strerror or error}.") from error

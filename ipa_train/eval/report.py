@@ -56,8 +56,7 @@ def draw_report(results: Mapping[Path, Summary], parts: Parts) -> str:
         f"{_text(summary)}.</p>",
         draw_tiles(list(_tiles(shown, summary))),
         "<h2>Scores</h2>",
-        f"<p>{'; '.join(f'{_NAMES[name]}: {_MEANINGS[name]}' for name in shown.scores)}. &plusmn; is half of a 95 % "
-        "interval over image prompts.</p>",
+        f"<p>{_explain(shown)}</p>",
         f'<div class="card">{_draw_table(results)}</div>',
     ]
     if len(summary.by_scale) > 1:
@@ -89,6 +88,15 @@ def _tiles(shown: AtScale, summary: Summary) -> Iterator[tuple[str, str]]:
     if shown.distances:
         yield f"{shown.distances.fid:.2f}", f"FID at &lambda; = {shown.scale:g}, over {_network(summary)}"
     yield f"{summary.num_pictures:,}", "image prompts"
+
+
+def _explain(shown: AtScale) -> str:
+    parts = [f"{_NAMES[name]}: {_MEANINGS[name]}." for name in shown.scores]
+    if parts:
+        parts.append("&plusmn; is half of a 95 % interval over image prompts.")
+    if shown.distances:
+        parts.append("FID falls with the number of pictures: compare it at one number and over one network only.")
+    return "<br>".join(parts)
 
 
 def _network(summary: Summary) -> str:
