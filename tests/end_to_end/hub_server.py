@@ -36,7 +36,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/api/repos/create":
             question = json.loads(body)
             name = f"{question['organization']}/{question['name']}"
-            self.server.repos[name] = (bool(question.get("private")), {})
+            self.server.repos[name] = (question.get("visibility") == "private" or bool(question.get("private")), {})
             self.answer(200, {"url": f"{self.server.url}/{name}"})
         elif self.path == "/api/validate-yaml":
             self.answer(200, {"errors": [], "warnings": []})

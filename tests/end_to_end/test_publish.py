@@ -83,7 +83,9 @@ def test_the_card_shows_what_ipa_eval_found(run, tmp_path):
         "dino": "none",
         "fid_network": "inception",
     }
-    found = AtScale(0.5, {"clip_i": Mean(0.81234, 0.01), "clip_t": Mean(0.58, None)}, Distances(fid=12.3456, kid=0.1, kid_std=0.01))
+    found = AtScale(
+        0.5, {"clip_i": Mean(0.81234, 0.01), "clip_t": Mean(0.58, None)}, Distances(fid=12.3456, kid=0.1, kid_std=0.01)
+    )
     Summary(facts, "DDIM", 3, [], [found]).write(tmp_path)
     command = ["export", str(run), "--out", str(tmp_path / "out"), "--card", "--title", "Mine"]
     assert main([*command, "--scores", str(tmp_path)]) == 0
