@@ -27,6 +27,7 @@ HOMES = {
     "webdataset": {"data", "data_tools"},
     "diffusers": {"bases", "export", "eval"},
     "transformers": {"bases", "conditioning", "eval"},
+    "torchmetrics": {"eval"},
     "deepspeed": set(),
     "wandb": set(),
 }

@@ -107,6 +107,9 @@ def _vision_model(path: str) -> nn.Module:
         raise ConfigError(f"--fid {path}: no model there: {reason}{did_you_mean(path, [INCEPTION, 'none'])}") from error
     for prefix, encoder in _ENCODERS.items():
         if model_type.startswith(prefix):
-            network: nn.Module = encoder.from_pretrained(path, dtype="float32")
+            try:
+                network: nn.Module = encoder.from_pretrained(path, dtype="float32")
+            except ConfigError as error:
+                raise ConfigError(f"--fid {path}: {error}") from error
             return network
     raise ConfigError(f"--fid {path}: a {model_type!r}; give a CLIP, SigLIP, DINOv2 or DINOv3, or {INCEPTION}.")

@@ -21,7 +21,7 @@ from ipa_train.errors import CheckpointError
 from ipa_train.eval.captions import CaptionedPicture
 from ipa_train.runtime.files import atomic_write
 
-PICTURES_PER_PART = 8
+PICTURES_PER_PART = 4
 """What is lost at most when a process is killed."""
 _SCHEMA = pa.schema(
     {

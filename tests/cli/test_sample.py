@@ -193,7 +193,7 @@ def test_an_encoder_that_no_loader_holds(sample, folders):
         (["--image", "red.png", "--mask", "black.png"], "add --together"),
         (["--image", "red.png", "--embedding", "red.png"], "--embedding .*red.png: no embedding that can be read"),
         (["--image", "red.png", "--size", "36"], "--size 36 must be a multiple of 8"),
-        (["--image", "red.png", "--steps", "1001"], "--steps 1001 must be at most 1000"),
+        (["--image", "red.png", "--steps", "1001"], "--steps 1001 must be from 1 to 1000"),
     ],
 )
 def test_what_does_not_fit_is_refused(words, message, sample, folders, capfd):
