@@ -173,7 +173,7 @@ def _draw_picture(path: Path) -> str:
 
 
 def _draw_bad_samples(run: Path) -> Iterator[str]:
-    bad = [json.loads(line) for path in sorted(run.glob("bad_samples-*.jsonl")) for line in path.open()]
+    bad = [json.loads(line) for path in sorted(run.glob("bad_samples-*.jsonl")) for line in path.read_text().splitlines()]
     if not bad:
         return
     yield f"<h2>Bad samples</h2><p>{len(bad):,} were replaced by others; bad_samples-*.jsonl names each.</p>"

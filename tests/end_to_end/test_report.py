@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import yaml
@@ -38,8 +39,7 @@ def page_of(capsys):
 
     def draw(*words):
         assert main(["report", *map(str, words)]) == 0
-        with open(capsys.readouterr().out.strip()) as file:
-            return _Page(file.read())
+        return _Page(Path(capsys.readouterr().out.strip()).read_text())
 
     return draw
 
