@@ -173,7 +173,8 @@ def _draw_picture(path: Path) -> str:
 
 
 def _draw_bad_samples(run: Path) -> Iterator[str]:
-    bad = [json.loads(line) for path in sorted(run.glob("bad_samples-*.jsonl")) for line in path.read_text().splitlines()]
+    logs = (path.read_text() for path in sorted(run.glob("bad_samples-*.jsonl")))
+    bad = [json.loads(line) for log in logs for line in log.splitlines()]
     if not bad:
         return
     yield f"<h2>Bad samples</h2><p>{len(bad):,} were replaced by others; bad_samples-*.jsonl names each.</p>"
