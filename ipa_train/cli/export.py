@@ -2,14 +2,17 @@
 
     ipa export outputs/first --dtype fp16 --out exported
     ipa export pytorch_model.bin --out exported
+    ipa export outputs/first --out for_the_hub --card --license apache-2.0 --scores results/first
 
 diffusers, ComfyUI and Tencent's code load the result unchanged. Every checkpoint already holds an fp32 export of the
 averaged weights; this verb gives another precision, or the weights before averaging. Given a file, it rewrites that: an
-adapter in any layout that `ipa import` reads, among them the dumps of Tencent's training scripts.
+adapter in any layout that `ipa import` reads, among them the dumps of Tencent's training scripts. With --card the
+folder is ready for the Hugging Face hub, see `ipa push`: a README.md beside the weights, and the run's latest grid.
 """
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,17 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ipa_train.cli.card import newest_grid, read_recipe, read_scores, run_of
 from ipa_train.errors import CheckpointError, ConfigError, ExportError
-from ipa_train.export.description import describe
+from ipa_train.export.card import CARD, PICTURE, Card, Scores, require_licence
+from ipa_train.export.description import AdapterDescription, describe
 from ipa_train.export.file import NAME, NO_EXPORT, face_plus_v2, read_adapter_file, write_state
 from ipa_train.export.loadability import loadability, require_loadable
 from ipa_train.export.usage import paste_lines
 from ipa_train.export.warm_start import image_encoder_of
+from ipa_train.runtime.files import atomic_write
 from ipa_train.training.checkpoint import newest_valid, verify
+from ipa_train.version import __version__
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,12 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layout", choices=["interchange", "xlabs"], default="interchange", help="xlabs: the names of XLabs' Flux code"
     )
     parser.add_argument("--no-ema", action="store_true", help="the trained weights, not their average")
+    parser.add_argument("--card", action="store_true", help="write a model card, README.md, beside the weights")
+    parser.add_argument("--title", help="of the card; by default the name of the run or file")
+    parser.add_argument("--license", metavar="ID", help="of the weights, for the card: apache-2.0, openrail and so on")
+    parser.add_argument("--scores", type=Path, metavar="RESULTS", help="folder of ipa eval --out, for the card")
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what was written."""
     if (args.out / "manifest.json").exists():
         raise ExportError(f"--out {args.out}: this is a checkpoint, which an export there would damage; name another.")
+    _check_card_options(args)
+    scores = None if args.scores is None else read_scores(args.scores)
     state, metadata = _read_file(args) if args.source.is_file() else _read_checkpoint(args)
     description = describe(state, source=str(args.source))
     require_loadable(description, source=str(args.source))
@@ -50,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         )
     try:
         paths = write_state(args.out, state, dtype=args.dtype, metadata=metadata, layout=args.layout)
+        if args.card:
+            paths += _write_card(args, description, metadata, scores)
     except OSError as error:
         raise ExportError(f"--out {args.out}: cannot write there: {error.strerror or error}.") from error
     for path in paths:
@@ -61,6 +76,39 @@ def run(args: argparse.Namespace) -> int:
         lines = paste_lines(account, kind, family=description.family, shortcut=shortcut)
         sys.stdout.write(f"\nHow to use it in diffusers:\n\n{lines}" if lines else "")
     return 0
+
+
+def _check_card_options(args: argparse.Namespace) -> None:
+    given = [name for name in ("title", "license", "scores") if getattr(args, name) is not None]
+    if given and not args.card:
+        raise ConfigError(f"--{given[0]} is for a model card: add --card, or leave it.")
+    require_licence(args.license)
+
+
+def _write_card(
+    args: argparse.Namespace, description: AdapterDescription, metadata: dict[str, Any], scores: Scores | None
+) -> list[Path]:
+    """Write the card, and the sample grid that it shows where there is one."""
+    run = None if args.source.is_file() else run_of(args.source)
+    grid = None if run is None else newest_grid(run, step=int(metadata["step"]))
+    paths = [args.out / CARD]
+    if grid is not None:
+        with atomic_write(args.out / PICTURE) as temporary:
+            shutil.copyfile(grid, temporary)
+        paths.append(args.out / PICTURE)
+    card = Card(
+        title=args.title or (args.source.stem if run is None else run.absolute().name),
+        adapter=description,
+        metadata=metadata | {"ipa_train_version": metadata.get("ipa_train_version", __version__)},
+        dtype=args.dtype,
+        recipe={} if run is None else read_recipe(run),
+        scores=scores,
+        has_picture=grid is not None,
+        licence=args.license,
+    )
+    with atomic_write(args.out / CARD) as temporary:
+        temporary.write_text(str(card), encoding="utf-8")
+    return paths
 
 
 def _read_file(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -17,6 +17,8 @@ VERBS = {
     "train": "train an adapter; the same command again resumes",
     "check": "try everything a training run needs, before it waits in a queue",
     "export": "write a checkpoint's adapter for diffusers, ComfyUI and Tencent's code",
+    "report": "draw one page of a run: curves, samples, data errors, options",
+    "push": "upload an export with its model card to the Hugging Face hub",
     "import": "say what an adapter file is, and who can load it",
     "sample": "generate pictures with an adapter file",
     "eval": "score an adapter file by the paper's protocol, with a report",

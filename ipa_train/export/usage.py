@@ -1,11 +1,16 @@
-"""Lines that use an adapter whose image encoder ``load_ip_adapter`` cannot hold: its features are computed here."""
+"""Lines of Python that draw with an adapter in plain diffusers, whichever image encoder it reads.
+
+An encoder that ``load_ip_adapter`` cannot hold is run by the lines themselves.
+"""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ipa_train.adapter.projector import FeatureKind
 from ipa_train.errors import ExportError, did_you_mean
+from ipa_train.export.description import AdapterDescription
 from ipa_train.export.recognise import Family
 
 # Of each encoder, the entries of its identity that are arguments too.
@@ -67,6 +72,48 @@ features, null = (x[None].to(pipe.device, pipe.dtype) for x in (features, null))
 image = pipe("a caption", ip_adapter_image_embeds=[features], negative_ip_adapter_image_embeds=[null]).images[0]
 """,
 }
+
+_HELD: dict[Family, tuple[str, str]] = {
+    "unet": ("CLIPVisionModelWithProjection", _UNET_LOAD),
+    "sd3": ("SiglipVisionModel", _UNET_LOAD),
+    "flux": ("CLIPVisionModelWithProjection", _LOAD["flux"]),
+}
+"""The class of the encoder that diffusers' loader holds itself, and how the adapter is loaded beside it."""
+
+
+def pipeline_lines(
+    base: str | None, identity: Mapping[str, Any], adapter: AdapterDescription, *, shortcut: bool = False
+) -> str:
+    """A whole script: the pipeline of ``base`` (hub id or folder), the encoder, the adapter, and a picture.
+
+    Arguments and errors otherwise as of :func:`paste_lines`.
+    """
+    name = _literal(base or "the base model")
+    lines = paste_lines(identity, adapter.feature_kinds[0], family=adapter.family, shortcut=shortcut)
+    if lines:
+        return f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({name})\n{lines}"
+    encoder, load = _HELD[adapter.family]
+    options = f", subfolder={_literal(identity['subfolder'])}" if identity.get("subfolder") else ""
+    source = f"{_literal(identity['name'])}{options}"
+    processor = "SiglipImageProcessor" if adapter.family == "sd3" else ""
+    held = "image_encoder=image_encoder" + ", feature_extractor=feature_extractor" * bool(processor)
+    return "".join(
+        [
+            "from diffusers import DiffusionPipeline\nfrom diffusers.utils import load_image\n",
+            f"from transformers import {', '.join(filter(None, (processor, encoder)))}\n\n",
+            f"image_encoder = {encoder}.from_pretrained({source})\n",
+            f"feature_extractor = {processor}.from_pretrained({source})\n" if processor else "",
+            f"pipe = DiffusionPipeline.from_pretrained({name}, {held})\n",
+            load,
+            "pipe.set_ip_adapter_scale(0.6)\n",
+            'image = pipe("a caption", ip_adapter_image=load_image("image_prompt.png")).images[0]\n',
+        ]
+    )
+
+
+def hub_id(name: object) -> str | None:
+    """``name`` if it is of the form OWNER/NAME."""
+    return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
 
 
 def paste_lines(

@@ -36,6 +36,39 @@ def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("shards"))
 
 
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, tiny_models, shards):
+    """A finished run of four steps with two sample grids."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    assert (
+        main(
+            [
+                "train",
+                "experiment=sd15_linear",
+                f"base.path={tiny_models[0]}",
+                f"image_encoder.path={tiny_models[1]}",
+                "image_encoder.subfolder=''",
+                f"data.shards={shards}",
+                "data.resolution=32",
+                "data.global_batch_size=4",
+                "data.batch_size=2",
+                "data.num_workers=0",
+                "trainer=cpu",
+                "trainer.max_steps=4",
+                "trainer.log_every_n_steps=2",
+                "callbacks.sample_grid.every_steps=2",
+                "callbacks.sample_grid.num_inference_steps=2",
+                "logger=wandb",
+                "logger.wandb.offline=true",
+                "run.name=verbs",
+                f"run.path={folder}",
+            ]
+        )
+        == 0
+    )
+    return folder
+
+
 @pytest.fixture
 def train_command(tiny_models, shards, tmp_path):
     """A function from run name and overrides to the arguments of `ipa` for a short fp32 run on the CPU."""

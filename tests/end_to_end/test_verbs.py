@@ -4,45 +4,11 @@ import csv
 import json
 import re
 
-import pytest
 from PIL import Image
 from safetensors import safe_open
 
 from ipa_train.cli.main import main
 from tests.data.conftest import picture
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_models, shards):
-    """A finished run of four steps with two sample grids."""
-    folder = tmp_path_factory.mktemp("run") / "run"
-    assert (
-        main(
-            [
-                "train",
-                "experiment=sd15_linear",
-                f"base.path={tiny_models[0]}",
-                f"image_encoder.path={tiny_models[1]}",
-                "image_encoder.subfolder=''",
-                f"data.shards={shards}",
-                "data.resolution=32",
-                "data.global_batch_size=4",
-                "data.batch_size=2",
-                "data.num_workers=0",
-                "trainer=cpu",
-                "trainer.max_steps=4",
-                "trainer.log_every_n_steps=2",
-                "callbacks.sample_grid.every_steps=2",
-                "callbacks.sample_grid.num_inference_steps=2",
-                "logger=wandb",
-                "logger.wandb.offline=true",
-                "run.name=verbs",
-                f"run.path={folder}",
-            ]
-        )
-        == 0
-    )
-    return folder
 
 
 def test_a_run_leaves_what_it_promises(run):
