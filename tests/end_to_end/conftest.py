@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 
@@ -64,6 +65,15 @@ def train_command(tiny_models, shards, tmp_path):
         ]
 
     return command
+
+
+@pytest.fixture(autouse=True)
+def no_process_left():
+    """End what a failed test has left running."""
+    yield
+    for process in multiprocessing.active_children():
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
 
 
 def forked(arguments, **environment):
