@@ -4,11 +4,13 @@ import itertools
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
 
 import torch
+from wandb.proto import wandb_internal_pb2
 
 from ipa_train.cli.main import main
 from ipa_train.runtime.preemption import EXIT_STOPPED, EXIT_TAKEN_OVER
@@ -40,6 +42,21 @@ def saved_steps(run):
     return [step_of(path) for path in list_checkpoints(run / "checkpoints")]
 
 
+def tracker_records(file):
+    """What wandb would send of an offline run: a LevelDB log, of chunks with checksum, length and kind."""
+    data, at, record = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if at % 32768 > 32768 - 7:  # no header fits into the rest of the block
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # the whole of a record, or the last part
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
+
+
 def assert_as_if_left_alone(train_command, run, start, *options):
     """Finish the run, and compare it with one that nobody has stopped."""
     options = (*options, NO_OTHER_SAVES[0], f"trainer.max_steps={saved_steps(run)[-1] + 2}")
@@ -52,16 +69,22 @@ def assert_as_if_left_alone(train_command, run, start, *options):
 
 
 def test_one_process_stops_after_the_step_and_resumes_bit_equal(train_command, tmp_path):
-    """The whole process group is told, as a scheduler does: data workers too."""
+    """The whole process group is told, as a scheduler does: data workers and the tracker too."""
     run, rng = tmp_path / "told", random.Random(0)
     options = ("data.batch_size=2", "data.num_workers=1")
+    tracked = (*options, "logger=wandb", "logger.wandb.offline=true")
     for number, signum in enumerate((signal.SIGTERM, signal.SIGUSR1)):
-        process = forked(train_command("told", *options, *NO_OTHER_SAVES))
+        process = forked(train_command("told", *tracked, *NO_OTHER_SAVES))
         reach(run, 2 + number, process)
         time.sleep(rng.uniform(0, 0.2))
         os.killpg(process.pid, signum)
         assert exit_codes([process]) == [EXIT_STOPPED]
         assert max(loss_curve(run)) == saved_steps(run)[-1], "no step is lost"
+    starts = [list(tracker_records(file)) for file in sorted(run.glob("wandb/offline-run-*/*.wandb"))]
+    assert len({record.run.run_id for records in starts for record in records if record.HasField("run")}) == 1
+    for records in starts:
+        assert any(record.HasField("preempting") for record in records)
+        assert [record.exit.exit_code for record in records if record.HasField("exit")] == [EXIT_STOPPED]
     assert_as_if_left_alone(train_command, run, lambda arguments: [forked(arguments)], *options)
 
 
