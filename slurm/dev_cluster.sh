@@ -133,7 +133,8 @@ CONF
 connect() { # a node's name must be known on every other: MASTER_ADDR is the first of a job
   local node i=0
   if [ "$MODE" = shared ]; then
-    { [ -z "$(tail -c 1 /etc/hosts)" ] || echo; sed "s|\$| $HOSTS_MARK|" "$DIR/etc/hosts"; } >>/etc/hosts || fail "cannot write the nodes' names to /etc/hosts"
+    { [ -z "$(tail -c 1 /etc/hosts)" ] || echo; sed "s|\$| $HOSTS_MARK|" "$DIR/etc/hosts"; } >>/etc/hosts ||
+      fail "cannot write the nodes' names to /etc/hosts"
     return
   fi
   { echo "127.0.0.1 localhost"; echo "$SUBNET.254 $(hostname -s)"; } >>"$DIR/etc/hosts"
@@ -177,13 +178,14 @@ start() { # NUM_NODES
   for tool in munged slurmctld slurmd sbatch; do
     command -v $tool >/dev/null || fail "$tool is missing: run $0 install, as root"
   done
+  [ -e "$SLURM_CONF" ] || [ -z "$(ls -A "$DIR" 2>/dev/null)" ] || fail "$DIR holds something else than a cluster"
   [ -z "$(pids)" ] || fail "the cluster in $DIR runs already: $0 stop"
   disconnect
   for ((port = PORT; port <= PORT + $1; port++)); do
     (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null && fail "port $port is in use: set SLURM_DEV_PORT to another"
   done
   trap '[ $? = 0 ] || stop' EXIT
-  rm -rf "$DIR"/{etc,run,state,spool} && mkdir -p "$DIR"/{etc,run,state,spool,log} && chmod 755 "$DIR" ||
+  rm -rf "${DIR:?}"/{etc,run,state,spool} && mkdir -p "$DIR"/{etc,run,state,spool,log} && chmod 755 "$DIR" ||
     fail "cannot write to $DIR"
   configure "$1" && connect || exit 1
   (umask 077 && head -c 128 /dev/urandom >"$DIR/etc/munge.key")

@@ -16,6 +16,8 @@ from ipa_train.version import __version__
 VERBS = {
     "train": "train an adapter; the same command again resumes",
     "check": "try everything a training run needs, before it waits in a queue",
+    "submit": "train on a Slurm cluster",
+    "where": "say in which folder a run lies",
     "export": "write a checkpoint's adapter for diffusers, ComfyUI and Tencent's code",
     "import": "say what an adapter file is, and who can load it",
     "sample": "generate pictures with an adapter file",
