@@ -15,9 +15,12 @@ JOB=${JOB:-$SLURM_JOB_ID}
 
 say() { echo "$(date +%FT%T) job $JOB, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
 
-# One failed process ends all (else the others would wait for it for ever), and so does one that ends two minutes early.
+# When one process has ended, the others get two minutes: they may wait for it for ever. It is not --kill-on-bad-exit,
+# since srun's exit code is the highest of all: that of the processes it killed would hide why the first one ended.
+export SLURM_WAIT=${SLURM_WAIT:-120}
+
 on_every_gpu() { # COMMAND...
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$RANKS_PER_NODE" \
-    ${SLURM_CPUS_PER_GPU:+--cpus-per-task="$SLURM_CPUS_PER_GPU"} --kill-on-bad-exit=1 --wait=120 "$@"
+    ${SLURM_CPUS_PER_GPU:+--cpus-per-task="$SLURM_CPUS_PER_GPU"} "$@"
 }
-on_every_node() { srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 "$@"; }
+on_every_node() { srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "$@"; }

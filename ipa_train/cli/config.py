@@ -20,10 +20,15 @@ _PATH_WITH_RANGE = re.compile(rf"(?! )(?:{_PART}*{_RANGE})+{_PART}*")
 _PACKAGE = Path(__file__).parents[1]
 
 
+def shipped(folder: str) -> Path:
+    """A folder that comes with the package: inside it where it is installed, beside it in a checkout."""
+    inside = _PACKAGE / folder
+    return inside if inside.is_dir() else _PACKAGE.parent / folder
+
+
 def config_folder() -> Path:
-    """The shipped configs: inside the installed package, or beside it in a checkout."""
-    inside = _PACKAGE / "conf"
-    return inside if inside.is_dir() else _PACKAGE.parent / "conf"
+    """The shipped configs."""
+    return shipped("conf")
 
 
 def load_config(overrides: Sequence[str], *, config_dir: str | None = None) -> DictConfig:
