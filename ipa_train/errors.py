@@ -25,6 +25,14 @@ class TrainingError(UserError):
     """A run that cannot go on, such as one whose gradients stay not finite."""
 
 
+class TakenOverError(UserError):
+    """A newer start of the same run has its directory now: this one must write nothing more."""
+
+
+class FinishedError(CheckpointError):
+    """A run that has reached its last step already."""
+
+
 class ExportError(UserError):
     """An adapter file that cannot be read, or that other loaders would not load."""
 

@@ -1,4 +1,16 @@
-"""``ipa VERB ...``: one verb per job; each lives in the module of this package that has its name."""
+"""``ipa VERB ...``: one verb per job; each lives in the module of this package that has its name.
+
+What the exit status says, for schedulers and scripts:
+
+    0         done. A run that had finished before is done too where Slurm starts it once more
+    2         a mistake of the user's: another start ends in the same way
+    70        `ipa train` ended itself as no step did (callbacks.watchdog): start again
+    75        `ipa train` stopped when told, with a checkpoint: start again
+    76        `ipa train` was taken over by a newer start of the same job: leave it
+    130       Ctrl-C
+    138, 143  SIGUSR1 or SIGTERM, before `ipa train` could listen, or to another verb
+    others    a crash
+"""
 
 import argparse
 import importlib
@@ -10,7 +22,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import TextIO
 
-from ipa_train.errors import UserError, did_you_mean
+from ipa_train.errors import TakenOverError, UserError, did_you_mean
+from ipa_train.runtime import preemption
 from ipa_train.version import __version__
 
 VERBS = {
@@ -25,11 +38,15 @@ VERBS = {
 }
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit status: 0, 2 for a mistake of the user's, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Run one verb and return the exit status.
+
+    Without ``argv`` it is the command of this process, which answers signals then; else they are left to the caller.
+    """
+    if argv is None and sys.argv[1:2] == ["train"]:
+        preemption.listen()  # first: a signal that comes earlier ends the process
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         _write(sys.stdout, _help())
@@ -53,14 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Marked and not muted: a path may be missing on one node alone.
         who = f" (rank {rank()})" if rank() else ""
         _write(sys.stderr, f"ipa {verb}{who}: {' '.join(str(error).split())}")
-        return EXIT_USER_ERROR
+        return preemption.EXIT_TAKEN_OVER if isinstance(error, TakenOverError) else EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes exit(1) of it
             return EXIT_INTERRUPTED
-        if stop.code is None:  # Lightning's way to stop at SIGTERM, which a scheduler would take for success
-            return EXIT_TERMINATED
         raise
 
 

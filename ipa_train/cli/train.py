@@ -18,8 +18,13 @@ from omegaconf import OmegaConf
 
 from ipa_train.cli.build import build_data, build_loggers, build_module, build_trainer, describe_parameters
 from ipa_train.cli.config import load_config
-from ipa_train.runtime.distributed import rank
+from ipa_train.errors import FinishedError
+from ipa_train.runtime.distributed import rank, record_collectives
 from ipa_train.runtime.logging import setup_logging
+from ipa_train.runtime.preemption import EXIT_STOPPED
+from ipa_train.training.callbacks.ownership import OwnershipCheck
+from ipa_train.training.callbacks.preemption import Preemption
+from ipa_train.training.ownership import restart_count
 from ipa_train.training.run_dir import open_run
 
 _log = logging.getLogger(__name__)
@@ -42,18 +47,33 @@ def run(args: argparse.Namespace) -> int:
     data = build_data(config, module)
     trainer = build_trainer(config, data)
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    run_dir = open_run(Path(config.run.path), plain, max_steps=config.trainer.max_steps)
+    max_steps = config.trainer.max_steps
+    try:
+        run_dir = open_run(Path(config.run.path), plain, max_steps=max_steps)
+    except FinishedError:
+        if not restart_count():
+            raise
+        # Slurm may start a finished job once more: one that was told to stop just when it ended.
+        _log.info("run %s has finished at step %d: nothing to do", config.run.path, max_steps)
+        return 0
+    record_collectives(run_dir.path)
+    status = 1
     try:
         trainer.loggers = build_loggers(config, run_dir.tracker_id)
+        if run_dir.ownership is not None:
+            trainer.callbacks.append(OwnershipCheck(run_dir.ownership))
         if rank() == 0:
             for line in describe_parameters(module):
                 _log.info(line)
             if run_dir.resume_from is not None:
                 _log.info("resuming from %s", run_dir.resume_from)
         trainer.fit(module, data, ckpt_path=run_dir.resume_from)
+        status = EXIT_STOPPED if any(isinstance(c, Preemption) and c.stopped for c in trainer.callbacks) else 0
     finally:
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.experiment.finish()
+                if status == EXIT_STOPPED:
+                    logger.experiment.mark_preempting()
+                logger.experiment.finish(exit_code=status)
         run_dir.close()
-    return 0
+    return status

@@ -33,6 +33,7 @@ from ipa_train.data.tolerance import ErrorBudget
 from ipa_train.data.transfer import DeviceCopies
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.runtime.distributed import rank
+from ipa_train.runtime.processes import leave_signals_to_parent
 
 STATE_VERSION = 3
 _log = logging.getLogger(__name__)
@@ -293,6 +294,7 @@ class StreamingDataModule(lightning.LightningDataModule):
             batch_size=None,
             num_workers=workers,
             prefetch_factor=self.prefetch_factor if workers else None,
+            worker_init_fn=leave_signals_to_parent,
             pin_memory=torch.cuda.is_available(),
         )
 

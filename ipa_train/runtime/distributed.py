@@ -1,10 +1,14 @@
 """Rank, world and the two collectives that training needs, with or without a process group."""
 
 import os
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from torch.nn.parallel import DistributedDataParallel
 
 # In the order in which launchers set them: torchrun, Lightning's own launcher, srun.
@@ -21,6 +25,33 @@ def rank() -> int:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     return next((int(os.environ[name]) for name in _RANK_VARIABLES if name in os.environ), 0)
+
+
+def record_collectives(folder: Path) -> None:
+    """Have the process groups to come keep a record of their last collectives, unless the user has said otherwise.
+
+    NCCL writes it, as ``folder/collectives-rank<N>``, when one times out: it shows which rank did not take part.
+    """
+    major, minor = map(int, torch.__version__.split(".")[:2])
+    renamed = (major, minor) >= (2, 9)  # since when the old names give a warning
+    settings = {
+        "TORCH_FR_BUFFER_SIZE" if renamed else "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_FR_DUMP_TEMP_FILE"
+        if renamed
+        else "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{folder.absolute()}/collectives-rank",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+def limit_collectives(minutes: float) -> None:
+    """Have every collective that lasts longer raise, or end the process where a GPU does it; not the start of groups.
+
+    Ranks may have to wait long for the first one, which indexes the shards.
+    """
+    for group in list(_world.pg_map):
+        _set_pg_timeout(timedelta(minutes=minutes), group)
 
 
 def leave_frozen_to_each_rank(module: nn.Module) -> None:

@@ -1,8 +1,10 @@
-"""Worker processes that do not outlive the one they work for."""
+"""Worker processes that end when the one they work for does: not later, and not before."""
 
 import multiprocessing
 import os
 import threading
+
+from ipa_train.runtime import preemption
 
 
 def end_with_parent() -> None:
@@ -16,3 +18,8 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Initializer of a data loader's workers: a scheduler signals all processes of a job, and theirs decides."""
+    preemption.be_deaf()

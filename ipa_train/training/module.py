@@ -192,9 +192,6 @@ class AdapterTraining(lightning.LightningModule):
             _log.info("checkpoints of this run hold no export: %s", self.adapter.unexportable)
         if self.ema is not None:
             self.ema.start(self.adapter.named_parameters())
-        # Lightning asks rank 0 before every batch whether it was told to stop, and the host waits on the device for the
-        # answer. Whoever stops a run (Slurm, torchrun, Lightning's own launcher) tells all ranks.
-        self.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the average follow."""

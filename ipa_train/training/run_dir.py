@@ -1,33 +1,31 @@
-"""The run directory: one folder per run, the same for every start of the same command, held by one process at a time.
+"""The run directory: one folder per run, the same for every start of the same command, held by one start at a time.
 
 outputs/<run.name>/
     config.yaml     the resolved config of the latest start
     versions.json   what it ran with
     tracker.json    the tracker's run id, so that a resumed run goes on with the same curves
     metrics.csv, checkpoints/
-    run.lock        held while the run is active
+    owner.json, heartbeat, run.lock     who is at work in it, see ownership.py
 """
 
-import fcntl
 import json
 import logging
-import os
 import platform
 import secrets
-import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 
-from ipa_train.errors import CheckpointError
+from ipa_train.errors import CheckpointError, FinishedError
 from ipa_train.runtime.distributed import rank
 from ipa_train.runtime.files import atomic_write
 from ipa_train.training.checkpoint import newest_valid, remove_temporaries, step_of
+from ipa_train.training.ownership import HEARTBEAT, LOCK, OWNER, Ownership
 
 MAY_DIFFER = (
     "run",  # where the run lies
@@ -70,21 +68,22 @@ MAY_DIFFER = (
 """Config keys, and all below them, that may change when a run is resumed. Any other change is another run."""
 
 _PACKAGES = ("torch", "lightning", "diffusers", "transformers", "safetensors", "webdataset", "numpy")
-_CONFIG, _VERSIONS, _TRACKER, _LOCK = "config.yaml", "versions.json", "tracker.json", "run.lock"
+_CONFIG, _VERSIONS, _TRACKER = "config.yaml", "versions.json", "tracker.json"
 _ABSENT = "absent"
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class RunDir:
-    """An open run; :meth:`close` lets another process have it."""
+    """An open run; :meth:`close` lets another start have it."""
 
     path: Path
     resume_from: Path | None
     """The newest valid checkpoint, None at the first start."""
     tracker_id: str | None
     """The run id for the tracker; known to rank 0 alone, which is the one that reports."""
-    _lock: TextIO | None = None
+    ownership: Ownership | None = None
+    """Of rank 0, which is the one that writes."""
 
     @property
     def checkpoints(self) -> Path:
@@ -92,51 +91,58 @@ class RunDir:
         return self.path / "checkpoints"
 
     def close(self) -> None:
-        """Release the lock."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Give up the ownership."""
+        if self.ownership is not None:
+            self.ownership.release()
+            self.ownership = None
 
 
 def open_run(path: Path, config: Mapping[str, Any], *, max_steps: int) -> RunDir:
     """Open or make the run directory ``path`` for a run of ``config``, a plain resolved mapping.
 
-    Rank 0 checks, locks and writes; the others only look up the checkpoint. Raises CheckpointError, with nothing
-    written, if the folder is no run, is in use, belongs to another config, has reached ``max_steps`` already (-1: no
-    limit), or holds only damaged checkpoints.
+    Rank 0 checks, takes the ownership and writes; the others only look up the checkpoint. Raises CheckpointError, with
+    nothing written, if the folder is no run, is in use, belongs to another config, or holds only damaged checkpoints;
+    FinishedError, on every rank, if it has reached ``max_steps`` already (-1: no limit).
     """
     checkpoints = path / "checkpoints"
     if rank() != 0:
-        return RunDir(path, newest_valid(checkpoints), tracker_id=None)
+        return RunDir(path, _resume_from(checkpoints, max_steps), tracker_id=None)
     _refuse_no_run(path)
     _refuse_foreign(path, config)
-    lock: TextIO | None = None
+    ownership: Ownership | None = None
     try:
-        lock = _acquire_lock(path)
-        resume_from = newest_valid(checkpoints)
-        if resume_from is not None and 0 <= max_steps <= step_of(resume_from):
-            raise CheckpointError(
-                f"run {path} has finished at step {step_of(resume_from)}: "
-                "choose run.name=OTHER, or raise trainer.max_steps to go on"
-            )
+        ownership = Ownership(path)
+        resume_from = _resume_from(checkpoints, max_steps)
         remove_temporaries(checkpoints)
         _write(path / _CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
         _write_versions(path / _VERSIONS)
-        return RunDir(path, resume_from, _tracker_id(path / _TRACKER), lock)
+        return RunDir(path, resume_from, _tracker_id(path / _TRACKER), ownership)
     except BaseException as error:
-        if lock is not None:
-            lock.close()
+        if ownership is not None:
+            ownership.release()
         if isinstance(error, OSError):
             raise CheckpointError(f"cannot write run directory {path}: {error.strerror or error}") from error
         raise
 
 
+def _resume_from(checkpoints: Path, max_steps: int) -> Path | None:
+    newest = newest_valid(checkpoints)
+    if newest is not None and 0 <= max_steps <= step_of(newest):
+        raise FinishedError(
+            f"run {checkpoints.parent} has finished at step {step_of(newest)}: "
+            "choose run.name=OTHER, or raise trainer.max_steps to go on"
+        )
+    return newest
+
+
 def _refuse_no_run(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file: choose another run.name")
-    # A process that died at its very start may have left the lock file and a temporary.
+    # A process that died at its very start may have left these and a temporary.
     if path.is_dir() and not (path / _CONFIG).exists():
-        strange = sorted(p.name for p in path.iterdir() if p.name != _LOCK and not p.name.startswith(".tmp-"))
+        strange = sorted(
+            p.name for p in path.iterdir() if p.name not in (LOCK, OWNER, HEARTBEAT) and not p.name.startswith(".tmp-")
+        )
         if strange:
             raise CheckpointError(
                 f"{path} holds {strange[0]!r} but no {_CONFIG}, so it is no run of ipa-train: choose another run.name"
@@ -172,32 +178,6 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _acquire_lock(path: Path) -> TextIO:
-    """Take the lock for as long as this process lives.
-
-    A POSIX lock: the kernel drops it at a kill -9, and data workers do not inherit it, so that a restart need not wait
-    for them to notice.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    file = (path / _LOCK).open("a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise CheckpointError(
-            f"run {path} is in use by {holder}: end that one first, or choose run.name=OTHER"
-        ) from error
-    except OSError as error:  # a file system without locks
-        _log.warning("cannot lock %s (%s): see to it yourself that no second process uses this run", path, error)
-    job = os.environ.get("SLURM_JOB_ID")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}" + (f", Slurm job {job}" if job else ""))
-    file.flush()
-    return file
 
 
 def _tracker_id(file: Path) -> str:

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from ipa_train.errors import ConfigError, UserError
 from ipa_train.runtime.distributed import gather_objects
+from ipa_train.runtime.watchdog import unwatched
 from ipa_train.training.checkpoint import checkpoint_path, prune
 
 
@@ -59,6 +60,11 @@ class Checkpointing(Checkpoint):
         step = trainer.global_step
         if step == self._saved_step:  # between the micro-batches of the next step, or already done
             return
+        with unwatched():
+            self._write(trainer, module, step)
+        self._saved_step = step
+
+    def _write(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         failure: UserError | None = None
         try:
             path = checkpoint_path(self.folder, step)
@@ -72,4 +78,3 @@ class Checkpointing(Checkpoint):
             raise failure
         if trainer.is_global_zero:
             prune(self.folder, keep_last=self.keep_last, keep_every=self.keep_every)
-        self._saved_step = step

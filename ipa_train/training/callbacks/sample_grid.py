@@ -12,6 +12,7 @@ from ipa_train.data.batch import Pictures
 from ipa_train.errors import ConfigError
 from ipa_train.eval.generate import generate, grid, to_pil
 from ipa_train.runtime.files import atomic_write
+from ipa_train.runtime.watchdog import unwatched
 
 
 class SampleGrid(Callback):
@@ -47,7 +48,8 @@ class SampleGrid(Callback):
             return
         self._drawn_step = step
         if trainer.is_global_zero:
-            self._show(trainer, self._draw(trainer, pl_module), step)
+            with unwatched():
+                self._show(trainer, self._draw(trainer, pl_module), step)
 
     def _draw(self, trainer: Trainer, module: LightningModule) -> Image.Image:
         batch = trainer.datamodule.first_batch(self.num_images).to(module.device)
