@@ -13,6 +13,7 @@ ENDS = {
     "told_too_early": ["138", "0"],
     "crashes": ["143", "1", "0"],
     "crashes_with_progress": ["1", "+137", "1", "0"],
+    "taken_over": ["76"],
     "unknown_run": ["where"],
 }
 EXPECTED = {  # state, number of restarts, exit code
@@ -22,6 +23,7 @@ EXPECTED = {  # state, number of restarts, exit code
     "told_too_early": ("COMPLETED", 1, "0:0"),
     "crashes": ("FAILED", 1, "1:0"),
     "crashes_with_progress": ("COMPLETED", 3, "0:0"),
+    "taken_over": ("FAILED", 0, "76:0"),
     "unknown_run": ("FAILED", 0, "2:0"),
 }
 PROGRAM = """#!/bin/bash
