@@ -38,6 +38,9 @@ class Cluster:
             "PYTHONPATH": str(ROOT),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
         }
+        # However this process ends, the cluster ends with it.
+        watch = ["bash", "-c", f"tail --pid={os.getpid()} --follow /dev/null; exec {SCRIPT} stop"]
+        self._watch = subprocess.Popen(watch, env=self.environment, start_new_session=True)
         try:
             self._control("start", str(num_nodes), SLURM_DEV_MODE="isolated")
         except subprocess.CalledProcessError:
@@ -45,6 +48,8 @@ class Cluster:
 
     def stop(self):
         self._control("stop")
+        self._watch.terminate()
+        self._watch.wait()
 
     def submit(self, script, *arguments, folder, environment=None, **options):
         """Hand a script of slurm/ to sbatch in ``folder``; ``options`` are sbatch's, such as ``nodes=2``."""
@@ -119,6 +124,13 @@ class Job:
     def wait_for_log(self, pattern, *, seconds=300):
         """Until a line of the log matches."""
         self._until(lambda: re.search(pattern, self.log) is not None, f"to write {pattern!r}", seconds)
+
+    def wait_until_gone(self, *, seconds=60):
+        """Until no process of the job is left: its state may say that it has ended before."""
+        end = time.monotonic() + seconds
+        while self.cluster.run("squeue", "--noheader", "--states=running,completing,pending", "--job", self.number):
+            assert time.monotonic() < end, f"job {self.number} goes on:\n{self.log}"
+            time.sleep(0.3)
 
     def signal(self, name):
         """Send a signal to all processes of the job, as Slurm does before the time limit."""

