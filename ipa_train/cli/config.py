@@ -39,7 +39,7 @@ def load_config(overrides: Sequence[str], *, config_dir: str | None = None) -> D
     Raises:
         ConfigError: one line that names the key or option, and the closest one that exists.
     """
-    with _one_line_errors(overrides, config_dir):
+    with one_line_errors(overrides, config_dir):
         config = _compose(overrides, config_dir)
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
@@ -56,11 +56,21 @@ def run_path(overrides: Sequence[str], *, config_dir: str | None = None) -> Path
     Raises:
         ConfigError: as :func:`load_config`.
     """
-    with _one_line_errors(overrides, config_dir):
+    with one_line_errors(overrides, config_dir):
         return Path(_compose(overrides, config_dir).run.path)
 
 
 def _compose(overrides: Sequence[str], config_dir: str | None) -> DictConfig:
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return hydra.compose("train", overrides_for_hydra(overrides, config_dir))
+
+
+def overrides_for_hydra(overrides: Sequence[str], config_dir: str | None) -> list[str]:
+    """What the composer understands of the user's words.
+
+    Raises:
+        ConfigError: a folder that is not there, or a word that is no override.
+    """
     extra = []
     if config_dir is not None:
         if not Path(config_dir).is_dir():
@@ -69,12 +79,12 @@ def _compose(overrides: Sequence[str], config_dir: str | None) -> DictConfig:
     for override in overrides:
         if "=" not in override and not override.startswith("~"):
             raise ConfigError(f"{override!r} is no override: write key=value, e.g. run.name=first.")
-    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return hydra.compose("train", [*extra, *map(_quote_ranges, overrides)])
+    return [*extra, *map(_quote_ranges, overrides)]
 
 
 @contextmanager
-def _one_line_errors(overrides: Sequence[str], config_dir: str | None) -> Iterator[None]:
+def one_line_errors(overrides: Sequence[str], config_dir: str | None) -> Iterator[None]:
+    """Say in one line what the composer complains of, as a ConfigError."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:

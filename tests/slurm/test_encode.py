@@ -1,4 +1,4 @@
-"""slurm/encode.sbatch: the shards of a cache are shared out over an array, and over the processes of each of its jobs."""
+"""slurm/encode.sbatch: the shards of a cache are shared out over an array, and over the processes of its jobs."""
 
 import json
 

@@ -16,7 +16,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def jobs(cluster, folder, tiny_run, slurm_shards):
-    """Two trainings on two nodes: one in one go, from copies of the shards on the nodes' own disks; one to be stopped."""
+    """Two trainings on two nodes: in one go, from copies of the shards on the nodes' own disks; and to be stopped."""
 
     def submit(name, *arguments, **environment):
         overrides = [*tiny_run, f"trainer.max_steps={NUM_STEPS}", f"run.name={name}", *arguments]
