@@ -93,25 +93,6 @@ def test_two_processes_equal_one(train_command, tmp_path, uninterrupted):
         assert float(two[step]) == pytest.approx(float(loss), rel=1e-5)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGUSR1])
-def test_stopped_by_a_signal_in_a_step_it_resumes_bit_equal(train_command, tmp_path, stop):
-    """As Slurm stops a job; what was done since the last checkpoint is done again, to the same losses."""
-    every = "callbacks.checkpointing.every_steps=3"
-    run = tmp_path / "stopped"
-    for _ in range(3):
-        process, before = forked(train_command("stopped", "trainer.max_steps=100000", every)), len(loss_curve(run))
-        while len(loss_curve(run)) < before + 4:
-            assert process.is_alive()
-            time.sleep(0.01)
-        os.kill(process.pid, stop)
-        process.join()
-        assert process.exitcode in (-stop, 128 + stop), "a scheduler must not take it for finished"
-    steps = max(loss_curve(run)) + 2
-    for name in ("stopped", "left_alone"):
-        assert main(train_command(name, f"trainer.max_steps={steps}", every)) == 0
-    assert loss_curve(run) == loss_curve(tmp_path / "left_alone")
-
-
 def test_killed_at_random_moments_it_always_resumes(train_command, tmp_path):
     """SIGKILL 20 times, in start-up, steps and saves; the run then ends with the curve of one that was left alone."""
     rng = random.Random(0)

@@ -21,6 +21,7 @@ from ipa_train.runtime.distributed import gather_objects, rank, sum_over_ranks
 from ipa_train.training.callbacks.checkpointing import Checkpointing
 from ipa_train.training.callbacks.gradient_guard import GradientGuard
 from ipa_train.training.callbacks.metric_logging import MetricLogging
+from ipa_train.training.callbacks.preemption import Preemption
 from ipa_train.training.checkpoint import AdapterCheckpointIO, list_checkpoints
 from ipa_train.training.csv_log import CSVLog
 from ipa_train.training.metrics import RunningMeans
@@ -36,6 +37,7 @@ def fit(folder, max_steps, *, poison=(), module=None, guard=None, first=(), log_
     loader = loader or Images(poison=poison, rank=rank(), world_size=2).loader()
     callbacks = [
         *first,
+        Preemption(every_steps=2),
         guard or GradientGuard(),
         MetricLogging(progress=False),
         Checkpointing(folder=str(folder / "checkpoints"), every_steps=2),

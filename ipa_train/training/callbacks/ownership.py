@@ -18,6 +18,10 @@ class OwnershipCheck(Callback):
     def __init__(self, ownership: Ownership) -> None:
         self.ownership = ownership
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where it begins."""
+        self.ownership.step = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
