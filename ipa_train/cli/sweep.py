@@ -38,10 +38,7 @@ def sweep(overrides: Sequence[str], *, config_dir: str | None = None) -> int:
     """
     if "hydra/launcher=slurm" in overrides and find_spec("hydra_plugins.hydra_submitit_launcher") is None:
         raise ConfigError("hydra/launcher=slurm needs a package: pip install 'ipa-train[slurm]'.")
-    jobs: list[list[str]] = []
-    with TemporaryDirectory() as scratch:
-        ours = [override for override in overrides if not override.lstrip("+~").startswith("hydra")]
-        _multirun([*ours, f"hydra.sweep.dir={scratch}"], config_dir, lambda config: jobs.append(_own_overrides()))
+    jobs = jobs_of(overrides, config_dir=config_dir)
     paths: dict[str, list[str]] = {}
     for job in jobs:
         path = str(load_config(job, config_dir=config_dir).run.path)
@@ -54,6 +51,15 @@ def sweep(overrides: Sequence[str], *, config_dir: str | None = None) -> int:
         paths[path] = job
     _multirun(overrides, config_dir, partial(_train, config_dir))
     return 0
+
+
+def jobs_of(overrides: Sequence[str], *, config_dir: str | None = None) -> list[list[str]]:
+    """The overrides of each job of a sweep. Nothing is started."""
+    jobs: list[list[str]] = []
+    with TemporaryDirectory() as scratch:
+        ours = [override for override in overrides if not override.lstrip("+~").startswith("hydra")]
+        _multirun([*ours, f"hydra.sweep.dir={scratch}"], config_dir, lambda config: jobs.append(_own_overrides()))
+    return jobs
 
 
 def _multirun(overrides: Sequence[str], config_dir: str | None, task: Any) -> None:
