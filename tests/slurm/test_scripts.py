@@ -56,7 +56,7 @@ def batch_commands():
                 yield pytest.param(verbs[name], words[script + 1 :], id=f"{page.name}: {line}")
 
 
-@pytest.mark.parametrize(("verb", "arguments"), batch_commands())
+@pytest.mark.parametrize(("verb", "arguments"), list(batch_commands()))
 def test_commands_are_right(verb, arguments, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     _, parser = load_verb(verb[0])
