@@ -45,10 +45,11 @@ kill_once() { # [NODE]: true if nothing was left to kill
   [ -z "$found" ] || { xargs kill -9 <<<"$found" 2>/dev/null; return 1; }
 }
 kill_all() { wait_for 10 kill_once "$@" || fail "cannot end the processes $(pids "$@" | xargs)"; }
-daemon() { # NAME NODE COMMAND...: starts it and waits for its pid file
+daemon() { # NAME NODE COMMAND...: starts it, within what is given by "inside", and waits for its pid file
   local name=$1 node=$2; shift 2
   rm -f "$DIR/run/$name.pid"
-  env -i PATH="$PATH" LANG=C.UTF-8 SLURM_CONF="$SLURM_CONF" SLURMD_NODENAME="$node" "$@" \
+  # PATH stands first since a slurmstepd, which inherits all this, writes its title over the beginning.
+  "${inside[@]}" env -i PATH="$PATH" LANG=C.UTF-8 SLURM_CONF="$SLURM_CONF" SLURMD_NODENAME="$node" "$@" \
     </dev/null >>"$DIR/log/$name.log" 2>&1
   wait_for 10 running "$name" || { tail -n 5 "$DIR/log/$name.log" >&2; fail "$name did not start"; }
 }
@@ -159,6 +160,7 @@ disconnect() {
   [ ! -e "/sys/class/net/$BRIDGE" ] || ip link del "$BRIDGE"
 }
 
+inside=()
 start_controller() { daemon slurmctld controller slurmctld -i -f "$SLURM_CONF"; }
 start_node() { # NODE
   local inside=()
@@ -168,7 +170,7 @@ start_node() { # NODE
     inside=(nsenter "--net=/run/netns/$BRIDGE-$1" unshare --uts --mount bash -c
       'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"' _ "$1" "$DIR/etc/hosts")
   fi
-  daemon "slurmd.$1" "$1" "${inside[@]}" slurmd -f "$SLURM_CONF" -N "$1"
+  daemon "slurmd.$1" "$1" slurmd -f "$SLURM_CONF" -N "$1"
 }
 
 start() { # NUM_NODES
