@@ -12,6 +12,8 @@ from ipa_train.errors import ConfigError, DataError, TrainingError
 from ipa_train.training.callbacks.checkpointing import Checkpointing
 from ipa_train.training.callbacks.gradient_guard import GradientGuard
 from ipa_train.training.callbacks.metric_logging import MetricLogging
+from ipa_train.training.callbacks.preemption import Preemption
+from ipa_train.training.callbacks.watchdog import Watchdog
 from ipa_train.training.checkpoint import newest_valid
 from ipa_train.training.csv_log import CSVLog
 from ipa_train.training.status_line import StatusLine, describe
@@ -258,3 +260,19 @@ def test_a_wandb_run_goes_on_under_its_id_without_a_network(tmp_path, monkeypatc
         time.sleep(1.1)  # the folders carry a time in seconds
     records = sorted((tmp_path / "wandb").glob("offline-run-*-0a1b2c3d/run-0a1b2c3d.wandb"))
     assert len(records) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Preemption(every_steps=0), r"preemption\.every_steps must be 1 or more, got 0"),
+        (lambda: Watchdog(collective_timeout_minutes=0), r"collective_timeout_minutes must be above 0, got 0"),
+        (
+            lambda: Watchdog(timeout_minutes=10),
+            r"timeout_minutes must be above collective_timeout_minutes \(10\), got 10",
+        ),
+    ],
+)
+def test_stops_refuse_what_cannot_work(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

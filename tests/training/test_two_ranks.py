@@ -70,6 +70,12 @@ def test_the_host_waits_at_checkpoints_and_log_steps_alone_also_among_ranks(two_
         assert saw["waits"] == [["end", 2], ["end", 3]]
 
 
+def test_no_collective_of_any_group_lasts_longer_than_allowed(two_ranks):
+    for saw in two_ranks[1]:
+        assert len(saw["timeout_minutes"]) >= 2, "the default group, and that of the agreement"
+        assert set(saw["timeout_minutes"]) == {7}
+
+
 def test_two_ranks_train_like_one_with_the_same_global_batch(two_ranks):
     module = ToyTraining()
     make_trainer(4, [GradientGuard()]).fit(module, Images(batch_size=8, poison=[12]).loader())

@@ -22,6 +22,7 @@ from ipa_train.training.callbacks.checkpointing import Checkpointing
 from ipa_train.training.callbacks.gradient_guard import GradientGuard
 from ipa_train.training.callbacks.metric_logging import MetricLogging
 from ipa_train.training.callbacks.preemption import Preemption
+from ipa_train.training.callbacks.watchdog import Watchdog
 from ipa_train.training.checkpoint import AdapterCheckpointIO, list_checkpoints
 from ipa_train.training.csv_log import CSVLog
 from ipa_train.training.metrics import RunningMeans
@@ -38,6 +39,7 @@ def fit(folder, max_steps, *, poison=(), module=None, guard=None, first=(), log_
     callbacks = [
         *first,
         Preemption(every_steps=2),
+        Watchdog(timeout_minutes=8, collective_timeout_minutes=7),
         guard or GradientGuard(),
         MetricLogging(progress=False),
         Checkpointing(folder=str(folder / "checkpoints"), every_steps=2),
@@ -87,6 +89,8 @@ def main():
 
     module = fit(root / "run", 4, poison=[12])  # rank 1, step 2
     saw["weights"] = [p.sum().item() for p in module.adapter.parameters()]
+    backends = [group._get_backend(torch.device("cpu")) for group in dist.distributed_c10d._world.pg_map]
+    saw["timeout_minutes"] = [backend.options._timeout.total_seconds() / 60 for backend in backends]
     saw["checkpoints"] = [p.name for p in list_checkpoints(root / "run" / "checkpoints")]
 
     reductions = []
