@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from ipa_train.cli.config import load_config
-from ipa_train.cli.main import load_verb, parse
+from ipa_train.cli.main import VERBS, load_verb, parse
+from ipa_train.cli.sweep import jobs_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "data_tools" / "README.md",
+    ROOT / "slurm" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "conf" / "experiment").glob("*.yaml")),
     *sorted((ROOT / "ipa_train" / "cli").glob("*.py")),
@@ -24,13 +26,13 @@ COMMANDS = sorted(
         line.strip().removeprefix("#").strip().removeprefix("Command:").strip()
         for page in PAGES
         for line in re.sub(r"\\\n\s*", "", page.read_text()).splitlines()
-        if re.match(r"(#\s*Command:\s*|\s*)ipa (train|check|export|import|sample|eval|data) -*[\w./']", line)
+        if re.match(rf"(#\s*Command:\s*|\s*)ipa ({'|'.join(VERBS)}) -*[\w./']", line)
     }
 )
 
 
 def test_there_are_commands():
-    assert {command.split()[1] for command in COMMANDS} >= {"train", "check", "export", "sample"}
+    assert {command.split()[1] for command in COMMANDS} == set(VERBS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -39,7 +41,9 @@ def test_commands_are_right(command):
     _, parser = load_verb(verb)
     arguments = parse(parser, rest)
     if "overrides" in arguments:
-        load_config(["run.name=x", *arguments.overrides])
+        sweep = getattr(arguments, "multirun", False)
+        for overrides in jobs_of(arguments.overrides) if sweep else [arguments.overrides]:
+            load_config(["run.name=x", *overrides])
 
 
 def test_options_are_right():

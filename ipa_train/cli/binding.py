@@ -8,7 +8,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.errors import HydraException
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from ipa_train.errors import ConfigError, UserError, did_you_mean
@@ -85,6 +84,9 @@ def instantiate(node: Any, **extra: Any) -> Any:
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise cause from None
+        # Imported here, as this module is also there for verbs that need no torch.
+        from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
         foreign = not node["_target_"].startswith("ipa_train.")
         if foreign and isinstance(cause, (TypeError, ValueError, MisconfigurationException)):
             raise ConfigError(f"{node['_target_']}: {cause}") from error

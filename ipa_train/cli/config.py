@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
@@ -19,10 +20,15 @@ _PATH_WITH_RANGE = re.compile(rf"(?! )(?:{_PART}*{_RANGE})+{_PART}*")
 _PACKAGE = Path(__file__).parents[1]
 
 
+def shipped(folder: str) -> Path:
+    """A folder that comes with the package: inside it where it is installed, beside it in a checkout."""
+    inside = _PACKAGE / folder
+    return inside if inside.is_dir() else _PACKAGE.parent / folder
+
+
 def config_folder() -> Path:
-    """The shipped configs: inside the installed package, or beside it in a checkout."""
-    inside = _PACKAGE / "conf"
-    return inside if inside.is_dir() else _PACKAGE.parent / "conf"
+    """The shipped configs."""
+    return shipped("conf")
 
 
 def load_config(overrides: Sequence[str], *, config_dir: str | None = None) -> DictConfig:
@@ -33,6 +39,38 @@ def load_config(overrides: Sequence[str], *, config_dir: str | None = None) -> D
     Raises:
         ConfigError: one line that names the key or option, and the closest one that exists.
     """
+    with one_line_errors(overrides, config_dir):
+        config = _compose(overrides, config_dir)
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ConfigError(_not_set(missing[0]))
+        _check_run(config)
+        OmegaConf.resolve(config)
+    check_targets(config)
+    return config
+
+
+def run_path(overrides: Sequence[str], *, config_dir: str | None = None) -> Path:
+    """Where the run of ``ipa train`` with these overrides lies; nothing but its name is looked at.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    with one_line_errors(overrides, config_dir):
+        return Path(_compose(overrides, config_dir).run.path)
+
+
+def _compose(overrides: Sequence[str], config_dir: str | None) -> DictConfig:
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return hydra.compose("train", overrides_for_hydra(overrides, config_dir))
+
+
+def overrides_for_hydra(overrides: Sequence[str], config_dir: str | None) -> list[str]:
+    """What the composer understands of the user's words.
+
+    Raises:
+        ConfigError: a folder that is not there, or a word that is no override.
+    """
     extra = []
     if config_dir is not None:
         if not Path(config_dir).is_dir():
@@ -41,18 +79,16 @@ def load_config(overrides: Sequence[str], *, config_dir: str | None = None) -> D
     for override in overrides:
         if "=" not in override and not override.startswith("~"):
             raise ConfigError(f"{override!r} is no override: write key=value, e.g. run.name=first.")
+    return [*extra, *map(_quote_ranges, overrides)]
+
+
+@contextmanager
+def one_line_errors(overrides: Sequence[str], config_dir: str | None) -> Iterator[None]:
+    """Say in one line what the composer complains of, as a ConfigError."""
     try:
-        with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-            config = hydra.compose("train", [*extra, *map(_quote_ranges, overrides)])
-        missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise ConfigError(_not_set(missing[0]))
-        _check_run(config)
-        OmegaConf.resolve(config)
+        yield
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides, config_dir)) from error
-    check_targets(config)
-    return config
 
 
 def _quote_ranges(override: str) -> str:

@@ -24,11 +24,14 @@ from typing import TextIO
 
 from ipa_train.errors import TakenOverError, UserError, did_you_mean
 from ipa_train.runtime import preemption
+from ipa_train.runtime.launch import launched_rank
 from ipa_train.version import __version__
 
 VERBS = {
     "train": "train an adapter; the same command again resumes",
     "check": "try everything a training run needs, before it waits in a queue",
+    "submit": "train on a Slurm cluster",
+    "where": "say in which folder a run lies",
     "export": "write a checkpoint's adapter for diffusers, ComfyUI and Tencent's code",
     "report": "draw one page of a run: curves, samples, data errors, options",
     "push": "upload an export with its model card to the Hugging Face hub",
@@ -66,10 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("IPA_DEBUG"):
             raise
-        from ipa_train.runtime.distributed import rank
-
         # Marked and not muted: a path may be missing on one node alone.
-        who = f" (rank {rank()})" if rank() else ""
+        who = f" (rank {launched_rank()})" if launched_rank() else ""
         _write(sys.stderr, f"ipa {verb}{who}: {' '.join(str(error).split())}")
         return preemption.EXIT_TAKEN_OVER if isinstance(error, TakenOverError) else EXIT_USER_ERROR
     except KeyboardInterrupt:
@@ -101,9 +102,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
 
 def _silence_imports() -> None:
     """Mute, before they are imported, what libraries say that no user of ours can do anything about."""
-    from ipa_train.runtime.distributed import rank
-
-    if rank() or not sys.stderr.isatty():
+    if launched_rank() or not sys.stderr.isatty():
         # The libraries draw a bar for every folder they load, on every rank and into log files too.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # transformers offers torchvision for image processors; ours are those of PIL, as the released adapters' were.

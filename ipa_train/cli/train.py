@@ -1,9 +1,11 @@
 """Train an adapter.
 
     ipa train experiment=sd15_linear run.name=first data.shards='/data/laion/{00000..41000}.tar'
+    ipa train -m experiment=sd15_linear run.name='lr-${optimizer.lr}' optimizer.lr=1e-4,3e-4 data.shards=SHARDS
 
-The same command again goes on where the run stopped. `ipa train --help` lists no options: they are in conf/, every one
-of them can be overridden as key=value, and `ipa check` with the same arguments tries them all.
+The same command again goes on where the run stopped. With -m every combination of the values between commas is a run:
+one after the other, or on Slurm with hydra/launcher=slurm. `ipa train --help` lists no options: they are in conf/,
+every one can be overridden as key=value, and `ipa check` with the same arguments tries them all.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from omegaconf import OmegaConf
 from ipa_train.cli.build import build_data, build_loggers, build_module, build_trainer, describe_parameters
 from ipa_train.cli.config import load_config
 from ipa_train.cli.forecast import choose_checkpointing, device_of_run, plan_of_run
+from ipa_train.cli.sweep import sweep
 from ipa_train.errors import FinishedError
 from ipa_train.runtime.distributed import rank, record_collectives
 from ipa_train.runtime.logging import setup_logging
@@ -35,10 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. experiment=sd15_linear")
     parser.add_argument("--config-dir", help="folder with experiment/*.yaml files of your own")
+    parser.add_argument("-m", "--multirun", action="store_true", help="a sweep: optimizer.lr=1e-4,3e-4 is two runs")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, and return 0 when ``trainer.max_steps`` is reached."""
+    if args.multirun:
+        return sweep(args.overrides, config_dir=args.config_dir)
     setup_logging(rank=rank())
     config = load_config(args.overrides, config_dir=args.config_dir)
     torch.set_float32_matmul_precision("high")

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from torch.nn.parallel import DistributedDataParallel
 
-# In the order in which launchers set them: torchrun, Lightning's own launcher, srun.
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+from ipa_train.runtime.launch import launched_rank
 
 
 def is_distributed() -> bool:
@@ -24,7 +23,7 @@ def rank() -> int:
     """This process's number, known from the environment even before the process group exists."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
-    return next((int(os.environ[name]) for name in _RANK_VARIABLES if name in os.environ), 0)
+    return launched_rank()
 
 
 def record_collectives(folder: Path) -> None:
