@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -79,6 +80,12 @@ class FullOnRankZero(ToyTraining):
         raise OSError(28, "No space left on device")
 
 
+class SlowOnRankOne(Images):
+    def __getitem__(self, index):
+        time.sleep(0.3 * self.rank)
+        return super().__getitem__(index)
+
+
 def main():
     logging.basicConfig(level=logging.WARNING)
     root, saw = Path(sys.argv[1]), {"rank": rank()}
@@ -86,6 +93,10 @@ def main():
     module = fit(root / "run", 4, poison=[12])  # rank 1, step 2
     saw["weights"] = [p.sum().item() for p in module.adapter.parameters()]
     saw["checkpoints"] = [p.name for p in list_checkpoints(root / "run" / "checkpoints")]
+
+    slow = SlowOnRankOne(rank=rank(), world_size=2)
+    module = fit(root / "slow", 6, loader=slow.loader())
+    saw["weights_beside_a_slow_rank"] = [p.sum().item() for p in module.adapter.parameters()]
 
     reductions = []
 
