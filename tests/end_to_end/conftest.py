@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import multiprocessing
+import os
+import socket
 import sys
 
 import numpy as np
@@ -64,11 +66,29 @@ def train_command(tiny_models, shards, tmp_path):
     return command
 
 
-def forked(arguments):
-    """Start `ipa` in a fork of this process, which has imported everything already."""
-    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(arguments)))
+def forked(arguments, **environment):
+    """Start `ipa` as a process of its own: a fork of this one, which has imported everything already."""
+
+    def run():
+        os.setpgid(0, 0)
+        os.environ.update(environment)
+        sys.argv = ["ipa", *arguments]
+        sys.exit(main())
+
+    process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     return process
+
+
+def forked_ranks(arguments):
+    """Start two ranks of one run, as torchrun does."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": "0"}
+    shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    options = ("trainer.devices=2", "trainer.strategy=ddp")
+    return [forked([*arguments, *options], **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
 
 
 def loss_curve(run):
