@@ -16,7 +16,7 @@ import torch
 from ipa_train.errors import ConfigError
 from ipa_train.runtime.distributed import rank
 
-PATIENCE = 3
+PATIENCE = 5
 """Log intervals in a row with the same straggler before anything is said of it."""
 _log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import Callback
 
 from ipa_train.errors import ConfigError
 from ipa_train.training.callbacks.metric_logging import MetricLogging
-from ipa_train.training.stragglers import OwnTime, Share, Stragglers
+from ipa_train.training.stragglers import PATIENCE, OwnTime, Share, Stragglers
 from ipa_train.training.throughput import Throughput
 from tests.training.toy import Images, ToyTraining, make_trainer
 
@@ -25,9 +25,9 @@ def test_the_cost_is_what_the_slowest_takes_beyond_the_median_of_the_others():
 
 def test_a_rank_that_stays_slow_is_named_once_with_machine_and_cause(caplog):
     stragglers = Stragglers(max_fraction=0.1)
-    for interval in range(6):
+    for interval in range(1, 2 * PATIENCE):
         judge(stragglers, [0.2, 0.2, 0.6], [0.1, 0.1, 0.1])
-        assert len(caplog.records) == (interval >= 2)
+        assert len(caplog.records) == (interval >= PATIENCE)
     (record,) = caplog.records
     assert "rank 2 on node2" in record.getMessage()
     assert "60% of its time passes before its losses, 10% of it waiting for data (others: 20%, 10%)" in caplog.text
@@ -36,7 +36,7 @@ def test_a_rank_that_stays_slow_is_named_once_with_machine_and_cause(caplog):
 
 def test_waiting_for_data_is_told_from_working_slowly(caplog):
     stragglers = Stragglers(max_fraction=0.1)
-    for _ in range(3):
+    for _ in range(PATIENCE):
         judge(stragglers, [0.6, 0.2, 0.2], [0.5, 0.1, 0.1])
     assert "its data come late: look at the disk or network of that machine" in caplog.text
 
@@ -44,11 +44,11 @@ def test_waiting_for_data_is_told_from_working_slowly(caplog):
 def test_ranks_that_take_turns_or_differ_little_are_no_stragglers(caplog):
     stragglers = Stragglers(max_fraction=0.1)
     slow = [0.2, 0.2, 0.2, 0.6]
-    for interval in range(8):
+    for interval in range(4 * PATIENCE):
         judge(stragglers, slow[interval % 4 :] + slow[: interval % 4])
         judge(Stragglers(max_fraction=0.1), [0.5, 0.5, 0.59])
-    for own in ([0.2, 0.6], [0.2, 0.6], [0.2, 0.2], [0.2, 0.6], [0.2, 0.6]):
-        judge(stragglers, own)
+    for interval in range(1, 3 * PATIENCE):
+        judge(stragglers, [0.2, 0.6 if interval % PATIENCE else 0.2])
     assert not caplog.records
 
 

@@ -89,7 +89,7 @@ def test_a_slow_rank_is_named_with_its_machine_and_changes_nothing(two_ranks):
     assert warning == socket.gethostname()
     assert "held the others up" not in second["stderr"]
     assert (
-        first["weights_beside_a_slow_rank"] == second["weights_beside_a_slow_rank"] == pytest.approx(alone(6), abs=1e-5)
+        first["weights_beside_a_slow_rank"] == second["weights_beside_a_slow_rank"] == pytest.approx(alone(8), abs=1e-5)
     )
 
 

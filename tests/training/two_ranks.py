@@ -95,7 +95,7 @@ def main():
     saw["checkpoints"] = [p.name for p in list_checkpoints(root / "run" / "checkpoints")]
 
     slow = SlowOnRankOne(rank=rank(), world_size=2)
-    module = fit(root / "slow", 6, loader=slow.loader())
+    module = fit(root / "slow", 8, loader=slow.loader())
     saw["weights_beside_a_slow_rank"] = [p.sum().item() for p in module.adapter.parameters()]
 
     reductions = []
