@@ -1,6 +1,8 @@
 """Rank, world and the two collectives that training needs, with or without a process group."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from torch.nn.parallel import DistributedDataParallel
 
+from ipa_train.errors import UserError
 from ipa_train.runtime.launch import launched_rank
 
 
@@ -78,3 +81,19 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def failing_alike() -> Iterator[None]:
+    """A block of which every rank raises the UserError that one raised, the lowest if several did; all must enter it.
+
+    For what one rank does for all, or each does by itself: the others would else wait for it in their next collective.
+    """
+    failure: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        failure = error
+    failure = next((of_rank for of_rank in gather_objects(failure) if of_rank is not None), None)
+    if failure is not None:
+        raise failure

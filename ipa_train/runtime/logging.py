@@ -1,4 +1,7 @@
-"""The console: one plain line per message, information from rank 0 alone, warnings and errors from every rank."""
+"""The console: one plain line per message, information from rank 0 alone, warnings and errors from every rank.
+
+What is said is also kept for the rank's own file (:mod:`ipa_train.runtime.rank_log`).
+"""
 
 import logging
 import re
@@ -6,6 +9,8 @@ import sys
 import warnings
 
 from tqdm import tqdm
+
+from ipa_train.runtime.rank_log import Backlog, RankLog
 
 # These announce the hardware, tips and every checkpoint read; only their warnings are news.
 _TALKATIVE = ("lightning", "lightning_fabric", "fsspec", "urllib3", "httpx")
@@ -44,12 +49,17 @@ def setup_logging(*, level: str = "INFO", rank: int = 0) -> None:
     threshold = logging.getLevelNamesMapping()[level.upper()]
     handler = _ConsoleHandler()
     handler.setLevel(threshold if rank == 0 else max(threshold, logging.WARNING))
-    handler.addFilter(lambda record: record.levelno >= logging.WARNING or not record.name.startswith(_TALKATIVE))
+    handler.addFilter(_is_news)
     who = "" if rank == 0 else f"rank {rank} "
     handler.setFormatter(_OneLine(f"%(asctime)s %(levelname)-7s {who}%(message)s", datefmt="%H:%M:%S"))
 
+    backlog = Backlog()
+    backlog.addFilter(_is_news)
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    for earlier in list(root.handlers):
+        if isinstance(earlier, RankLog):
+            earlier.leave()
+    root.handlers[:] = [handler, backlog]
     root.setLevel(threshold)
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         # Lightning gives its own loggers handlers of their own when it is imported, and cuts them off from the root.
@@ -60,6 +70,10 @@ def setup_logging(*, level: str = "INFO", rank: int = 0) -> None:
     for message in _NOT_NEWS:
         warnings.filterwarnings("ignore", message=message)
     warnings.formatwarning = _format_warning
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or not record.name.startswith(_TALKATIVE)
 
 
 def _format_warning(

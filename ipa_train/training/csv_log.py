@@ -2,17 +2,23 @@
 
 import csv
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 
+from ipa_train.errors import CheckpointError
 from ipa_train.runtime.distributed import rank
 from ipa_train.runtime.files import atomic_write
 
 
 class CSVLog(Logger):
-    """One row per call of ``log_metrics``, on the disk at once; a new metric adds a column to the whole file."""
+    """One row per call of ``log_metrics``, on the disk at once; a new metric adds a column to the whole file.
+
+    Raises CheckpointError where it cannot be written, as when the disk is full.
+    """
 
     def __init__(self, *, path: str) -> None:
         super().__init__()
@@ -37,19 +43,31 @@ class CSVLog(Logger):
         if rank():
             return
         row = {"step": step, **metrics}
-        if new := [name for name in row if name not in self._columns]:
-            rows = self._read()
-            self._columns += new
-            self._write(rows)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self._columns).writerow(row)
+        with self._writing():
+            if new := [name for name in row if name not in self._columns]:
+                rows = self._read()
+                self._columns += new
+                self._write(rows)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerow(row)
 
     def resume(self, step: int) -> None:
         """Keep the rows up to and including ``step``: what comes after will be measured again."""
         if rank():
             return
-        self._write([row for row in self._read() if int(row["step"]) <= step])
+        with self._writing():
+            self._write([row for row in self._read() if int(row["step"]) <= step])
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.path}: {error.strerror or error}; the checkpoints are untouched: "
+                "make room or mend the permissions, then run the same command again"
+            ) from error
 
     def _read(self) -> list[dict[str, str]]:
         """Return the complete rows of the file, and take over its columns."""

@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import dataclass
 
 import torch
 from lightning.pytorch import Trainer
@@ -11,12 +12,25 @@ from ipa_train.data.batch import Batch, Pictures
 from ipa_train.runtime.gpus import find_gpu
 from ipa_train.training.forecast import rehearse
 from ipa_train.training.module import AdapterTraining
+from ipa_train.training.stragglers import OwnTime
 
 _GIB = 2**30
 
 
+@dataclass(frozen=True)
+class Interval:
+    """What one rank did from one :meth:`Throughput.take` to the next."""
+
+    num_images: int
+    seconds: float
+    waited_seconds: float
+    """For batches."""
+    own_seconds: float
+    """Until its losses were there: see ``OwnTime``."""
+
+
 class Throughput:
-    """Counts images, seconds, and seconds spent waiting for batches, from one :meth:`take` to the next.
+    """Counts images and seconds, from one :meth:`take` to the next.
 
     The wait is the time Lightning spends in ``next()`` of the data loader, which it reports to its profiler and
     nowhere else. Hooks would not do: between the end of one batch and the start of the next also lie the saving of
@@ -27,12 +41,14 @@ class Throughput:
         self._waited_seconds = 0.0
         self._num_images = 0
         self._since = time.perf_counter()
+        self._own_time: OwnTime | None = None
         self._profiler: Profiler | None = None
 
     def start(self, trainer: Trainer) -> None:
         """Begin to measure; the user's own profiler goes on as before."""
         self._profiler = trainer.profiler
-        trainer.profiler = _FetchTimer(self, self._profiler)
+        self._own_time = own_time = OwnTime(trainer.strategy.root_device)
+        trainer.profiler = _FetchTimer(self, own_time, self._profiler)
         self._since = time.perf_counter()
 
     def stop(self, trainer: Trainer) -> None:
@@ -49,10 +65,16 @@ class Throughput:
         """Count time without a batch."""
         self._waited_seconds += seconds
 
-    def take(self) -> tuple[int, float, float]:
-        """Return (images, seconds, seconds waited) since the last call, for this rank."""
-        now = time.perf_counter()
-        taken = self._num_images, now - self._since, self._waited_seconds
+    def reached_loss(self) -> None:
+        """Note that the loss of a batch has been computed, or on a GPU asked for."""
+        assert self._own_time is not None
+        self._own_time.end()
+
+    def take(self) -> Interval:
+        """Return what this rank did since the last call; waits for a GPU."""
+        assert self._own_time is not None
+        own_seconds, now = self._own_time.take(), time.perf_counter()
+        taken = Interval(self._num_images, now - self._since, self._waited_seconds, own_seconds)
         self._num_images, self._since, self._waited_seconds = 0, now, 0.0
         return taken
 
@@ -95,15 +117,17 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class _FetchTimer(Profiler):
-    def __init__(self, throughput: Throughput, inner: Profiler) -> None:
+    def __init__(self, throughput: Throughput, own_time: OwnTime, inner: Profiler) -> None:
         super().__init__()
         self._throughput = throughput
+        self._own_time = own_time
         self._inner = inner
 
     def start(self, action_name: str) -> None:
         self._inner.start(action_name)
         if action_name.endswith("train_dataloader_next"):
             self._began = time.perf_counter()
+            self._own_time.begin()
 
     def stop(self, action_name: str) -> None:
         if action_name.endswith("train_dataloader_next"):

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -72,32 +73,33 @@ def run(tmp_path_factory, tiny_models, shards):
     return folder
 
 
+def train_arguments(models, shards, folder, name, *overrides):
+    """Of `ipa` for a short fp32 run on the CPU in ``folder``."""
+    return [
+        "train",
+        "experiment=sd15_linear",
+        f"base.path={models[0]}",
+        "base.dtype=float32",
+        f"image_encoder.path={models[1]}",
+        "image_encoder.subfolder=''",
+        "image_encoder.dtype=float32",
+        f"data.shards={shards}",
+        "data.resolution=32",
+        "data.global_batch_size=4",
+        "data.num_workers=0",
+        "trainer=cpu",
+        "trainer.log_every_n_steps=1",
+        "callbacks.sample_grid.every_steps=0",
+        f"run.name={name}",
+        f"run.path={folder / name}",
+        *overrides,
+    ]
+
+
 @pytest.fixture
 def train_command(tiny_models, shards, tmp_path):
-    """A function from run name and overrides to the arguments of `ipa` for a short fp32 run on the CPU."""
-
-    def command(name, *overrides):
-        return [
-            "train",
-            "experiment=sd15_linear",
-            f"base.path={tiny_models[0]}",
-            "base.dtype=float32",
-            f"image_encoder.path={tiny_models[1]}",
-            "image_encoder.subfolder=''",
-            "image_encoder.dtype=float32",
-            f"data.shards={shards}",
-            "data.resolution=32",
-            "data.global_batch_size=4",
-            "data.num_workers=0",
-            "trainer=cpu",
-            "trainer.log_every_n_steps=1",
-            "callbacks.sample_grid.every_steps=0",
-            f"run.name={name}",
-            f"run.path={tmp_path / name}",
-            *overrides,
-        ]
-
-    return command
+    """A function from run name and overrides to the arguments of a run in ``tmp_path``."""
+    return partial(train_arguments, tiny_models, shards, tmp_path)
 
 
 @pytest.fixture(autouse=True)

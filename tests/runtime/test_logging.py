@@ -1,28 +1,6 @@
 import logging
 import warnings
 
-import pytest
-
-from ipa_train.runtime.logging import setup_logging
-
-
-@pytest.fixture
-def console(capsys):
-    """Set logging up and return what it writes; leave pytest's own handlers as they were."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    show = warnings.showwarning, warnings.formatwarning
-
-    def setup(**options):
-        setup_logging(**options)
-        return lambda: capsys.readouterr().err.splitlines()
-
-    yield setup
-    logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    warnings.showwarning, warnings.formatwarning = show
-
 
 def test_information_comes_from_rank_0_alone_and_trouble_from_all(console):
     lines = console(rank=0)

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -43,6 +44,13 @@ def two_ranks(tmp_path_factory, tiny_models):
     return root, saw
 
 
+def alone(max_steps, poison=()):
+    """Sums of the weights that one process ends with."""
+    module = ToyTraining()
+    make_trainer(max_steps, [GradientGuard()]).fit(module, Images(batch_size=8, poison=poison).loader())
+    return [p.sum().item() for p in module.adapter.parameters()]
+
+
 def test_ranks_send_each_other_what_is_trained_alone(two_ranks):
     assert all(saw["sends_the_adapter_alone"] for saw in two_ranks[1])
 
@@ -76,11 +84,23 @@ def test_no_collective_of_any_group_lasts_longer_than_allowed(two_ranks):
         assert set(saw["timeout_minutes"]) == {7}
 
 
+def test_a_slow_rank_is_named_with_its_machine_and_changes_nothing(two_ranks):
+    root, (first, second) = two_ranks
+    with (root / "slow" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    # In the second step DDP settles its buckets, and all ranks wait for each other in the forward.
+    assert {row["perf/slowest_rank"] for row in rows if row["step"] != "2"} == {"1.0"}
+    assert float(rows[-1]["perf/straggler_fraction"]) > 0.1
+    (warning,) = re.findall(r"rank 1 on (\S+) has held the others up .*its data come late", first["stderr"])
+    assert warning == socket.gethostname()
+    assert "held the others up" not in second["stderr"]
+    assert (
+        first["weights_beside_a_slow_rank"] == second["weights_beside_a_slow_rank"] == pytest.approx(alone(8), abs=1e-5)
+    )
+
+
 def test_two_ranks_train_like_one_with_the_same_global_batch(two_ranks):
-    module = ToyTraining()
-    make_trainer(4, [GradientGuard()]).fit(module, Images(batch_size=8, poison=[12]).loader())
-    alone = [p.sum().item() for p in module.adapter.parameters()]
-    assert two_ranks[1][0]["weights"] == pytest.approx(alone, abs=1e-5)
+    assert two_ranks[1][0]["weights"] == pytest.approx(alone(4, poison=[12]), abs=1e-5)
 
 
 def test_rank_0_alone_writes_whole_checkpoints(two_ranks):

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -83,6 +84,12 @@ class FullOnRankZero(ToyTraining):
         raise OSError(28, "No space left on device")
 
 
+class SlowOnRankOne(Images):
+    def __getitem__(self, index):
+        time.sleep(0.3 * self.rank)
+        return super().__getitem__(index)
+
+
 def main():
     logging.basicConfig(level=logging.WARNING)
     root, saw = Path(sys.argv[1]), {"rank": rank()}
@@ -92,6 +99,10 @@ def main():
     backends = [group._get_backend(torch.device("cpu")) for group in dist.distributed_c10d._world.pg_map]
     saw["timeout_minutes"] = [backend.options._timeout.total_seconds() / 60 for backend in backends]
     saw["checkpoints"] = [p.name for p in list_checkpoints(root / "run" / "checkpoints")]
+
+    slow = SlowOnRankOne(rank=rank(), world_size=2)
+    module = fit(root / "slow", 8, loader=slow.loader())
+    saw["weights_beside_a_slow_rank"] = [p.sum().item() for p in module.adapter.parameters()]
 
     reductions = []
 

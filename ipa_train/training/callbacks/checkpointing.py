@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from ipa_train.errors import ConfigError, UserError
-from ipa_train.runtime.distributed import gather_objects
+from ipa_train.runtime.distributed import failing_alike
 from ipa_train.runtime.watchdog import unwatched
 from ipa_train.training.checkpoint import checkpoint_path, prune
 
@@ -65,16 +65,12 @@ class Checkpointing(Checkpoint):
         self._saved_step = step
 
     def _write(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        failure: UserError | None = None
-        try:
-            path = checkpoint_path(self.folder, step)
-            trainer.save_checkpoint(path, storage_options=getattr(module, "write_exports", None))
-        except UserError as error:
-            failure = error
-            trainer.strategy.barrier()  # the one inside save_checkpoint, where the other ranks are waiting
-        # Only rank 0 writes; the others must stop with it, and not wait for a rank that has given up.
-        failure = gather_objects(failure)[0]
-        if failure is not None:
-            raise failure
+        path = checkpoint_path(self.folder, step)
+        with failing_alike():  # only rank 0 writes
+            try:
+                trainer.save_checkpoint(path, storage_options=getattr(module, "write_exports", None))
+            except UserError:
+                trainer.strategy.barrier()  # the one inside save_checkpoint, where the other ranks are waiting
+                raise
         if trainer.is_global_zero:
             prune(self.folder, keep_last=self.keep_last, keep_every=self.keep_every)

@@ -6,15 +6,17 @@ from typing import cast
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ipa_train.data.batch import Batch
 from ipa_train.data.datamodule import StreamingDataModule
-from ipa_train.runtime.distributed import gather_objects, sum_over_ranks
+from ipa_train.runtime.distributed import failing_alike, gather_objects, sum_over_ranks
 from ipa_train.training.csv_log import CSVLog
 from ipa_train.training.metrics import RunningMeans, ends_interval
 from ipa_train.training.module import AdapterTraining
 from ipa_train.training.status_line import StatusLine
+from ipa_train.training.stragglers import Stragglers
 from ipa_train.training.throughput import Arithmetic, Throughput, num_pixels, peak_memory_gib
 
 _log = logging.getLogger(__name__)
@@ -26,11 +28,13 @@ class MetricLogging(Callback):
     Every ``trainer.log_every_n_steps`` optimizer steps and at the last one, with a single all-reduce. Means are over
     all samples of all ranks since the last time; ``perf/peak_memory_gib`` is the mean over ranks, and so are
     ``perf/tflops`` and ``perf/mfu`` (see ``Arithmetic``). ``progress``: a bar (true), lines (false), or a bar if stderr
-    is a terminal (null).
+    is a terminal (null). A rank whose slowness costs the others more than ``max_straggler_fraction`` of the time is
+    named (see ``Stragglers``).
     """
 
-    def __init__(self, *, progress: bool | None = None) -> None:
+    def __init__(self, *, progress: bool | None = None, max_straggler_fraction: float = 0.1) -> None:
         self._throughput = Throughput()
+        self._stragglers = Stragglers(max_fraction=max_straggler_fraction)
         self._status = StatusLine(progress=progress)
         self._shown_step = 0
         self._arithmetic: Arithmetic | None = None
@@ -39,9 +43,10 @@ class MetricLogging(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clocks; let a resumed CSV file forget the rows that will come again."""
         self._shown_step = trainer.global_step
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVLog):
-                logger.resume(trainer.global_step)
+        with failing_alike():
+            for logger in trainer.loggers:
+                if isinstance(logger, CSVLog):
+                    logger.resume(trainer.global_step)
         if trainer.is_global_zero:
             self._status.start(trainer.global_step, trainer.max_steps)
         self._throughput.start(trainer)
@@ -55,6 +60,10 @@ class MetricLogging(Callback):
         except RuntimeError as error:
             _log.warning("no perf/tflops in this run, as its step cannot be run without data: %s", error)
         self._throughput.take()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Note where the time of a rank's own ends."""
+        self._throughput.reached_loss()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Note the learning rate before the schedule moves on."""
@@ -79,22 +88,28 @@ class MetricLogging(Callback):
         self._throughput.stop(trainer)
 
     def _log(self, trainer: Trainer, module: LightningModule) -> None:
-        num_images, seconds, waited_seconds = self._throughput.take()
+        mine = self._throughput.take()
+        own, waited = mine.own_seconds / mine.seconds, mine.waited_seconds / mine.seconds
         means = cast(RunningMeans, module.metrics)
         # As a mean per rank: the sum of all images over the mean of the ranks' seconds.
-        means.add("perf/images_per_second", float(num_images * trainer.world_size), seconds)
-        means.add("perf/data_wait_fraction", waited_seconds, seconds)
+        means.add("perf/images_per_second", float(mine.num_images * trainer.world_size), mine.seconds)
+        means.add("perf/data_wait_fraction", mine.waited_seconds, mine.seconds)
         means.add("perf/peak_memory_gib", peak_memory_gib(module.device))
         metrics = means.compute_and_reset(sum_over_ranks)
         metrics["train/lr"] = self._lr
         if self._arithmetic is not None:
             rate = metrics["perf/images_per_second"] / trainer.world_size
-            metrics |= self._arithmetic.metrics(rate * self._num_pixels / num_images)
+            metrics |= self._arithmetic.metrics(rate * self._num_pixels / mine.num_images)
         self._num_pixels = 0
+        metrics |= self._stragglers.judge(own, waited, gather_objects)
         if isinstance(trainer.datamodule, StreamingDataModule):
             trainer.datamodule.budget.settle(gather_objects)
             metrics |= trainer.datamodule.progress()
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step)
-            self._status.show(trainer.global_step, metrics)
+        with failing_alike():
+            if trainer.is_global_zero:
+                self._status.show(trainer.global_step, metrics)
+                for logger in trainer.loggers:
+                    logger.log_metrics(metrics, step=trainer.global_step)
+            else:  # for this rank's own log
+                shares = f"{own:.0%} of the time until its losses, {waited:.0%} waiting for data"
+                _log.info("step %d: %.3g s, %s", trainer.global_step, mine.seconds, shares)
