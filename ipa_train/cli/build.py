@@ -17,6 +17,7 @@ from ipa_train.export.warm_start import init_from
 from ipa_train.runtime.distributed import rank
 from ipa_train.training.checkpoint import AdapterCheckpointIO
 from ipa_train.training.module import AdapterTraining
+from ipa_train.training.strategies import require_fitting
 
 
 def build_module(config: DictConfig) -> AdapterTraining:
@@ -83,11 +84,12 @@ def build_data(config: DictConfig, module: AdapterTraining) -> StreamingDataModu
     return data
 
 
-def build_trainer(config: DictConfig, data: StreamingDataModule) -> lightning.Trainer:
+def build_trainer(config: DictConfig, module: AdapterTraining, data: StreamingDataModule) -> lightning.Trainer:
     """Make the trainer and its callbacks, without loggers.
 
     Raises:
-        ConfigError: the global batch does not divide among the processes and micro-batches.
+        ConfigError: the global batch does not divide among the processes and micro-batches, or the strategy does not
+            go with the base, the machine or other options.
     """
     for option in ("log_every_n_steps", "gradient_clip_val"):
         value = config.trainer[option]
@@ -106,6 +108,7 @@ def build_trainer(config: DictConfig, data: StreamingDataModule) -> lightning.Tr
         plugins=[AdapterCheckpointIO()],
         default_root_dir=config.run.path,
     )
+    require_fitting(trainer, module.base, instantiate(config.acceleration))
     trainer.accumulate_grad_batches = data.accumulate_grad_batches(trainer.world_size)
     return trainer
 

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         for line in _describe_stream(data):
             _say("shards", line)
-    trainer = build_trainer(config, data)
+    trainer = build_trainer(config, module, data)
     if args.gpus is not None and args.gpus < 1:
         raise ConfigError(f"--gpus must be at least 1, got {args.gpus}.")
     world_size = args.gpus or trainer.world_size

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     module = build_module(config)
     data = build_data(config, module)
-    trainer = build_trainer(config, data)
+    trainer = build_trainer(config, module, data)
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     run_dir = open_run(Path(config.run.path), plain, max_steps=config.trainer.max_steps)
     try:

@@ -1,0 +1,118 @@
+"""How the processes of a run share its work; under every strategy a checkpoint is the same folder.
+
+Steps are the same as well, up to the order of sums, so that a run may go on under another one.
+"""
+
+from datetime import timedelta
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
+from torch import Tensor
+from torch.distributed import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from ipa_train.acceleration import Acceleration
+from ipa_train.bases import Base
+from ipa_train.errors import ConfigError
+
+
+class DDP(DDPStrategy):
+    """Every process holds everything; the adapter's gradients are averaged while the backward goes on.
+
+    Args:
+        compress_gradients: send them in bf16, half the bytes. Each is rounded to 8 bits of mantissa before and after
+            the sum; moments and weights stay fp32.
+        timeout_minutes: how long a process waits for the others before it gives up.
+
+    Raises:
+        ConfigError: no time to wait.
+    """
+
+    def __init__(self, *, compress_gradients: bool = False, timeout_minutes: float = 10.0) -> None:
+        if timeout_minutes <= 0:
+            raise ConfigError(f"trainer.strategy.timeout_minutes must be above 0, got {timeout_minutes}.")
+        super().__init__(timeout=timedelta(minutes=timeout_minutes))
+        self.compress_gradients = compress_gradients
+
+    def _register_ddp_hooks(self) -> None:
+        # Lightning registers hooks on CUDA alone, and says nothing elsewhere.
+        if self.compress_gradients:
+            assert isinstance(self.model, DistributedDataParallel)
+            self.model.register_comm_hook(None, _send_in_bf16)
+
+
+def _send_in_bf16(state: object, bucket: GradBucket) -> Future[Tensor]:
+    # torch refuses its hook by name where there is no CUDA; gloo sums bf16 too.
+    return bf16_compress_hook(None, bucket)  # type: ignore[arg-type]
+
+
+# So that strategy=auto, which is Lightning's "ddp" on several devices, is ours.
+StrategyRegistry.register("ddp", DDP, "DDP with ipa-train's timeout", override=True)
+
+
+class ShardedBase(DDP):
+    """DDP, with the frozen denoiser shared out among the devices of a node: FSDP2 for what is not trained.
+
+    Each device holds its part of every block and gathers a block's weights just before it runs, in the forward and
+    again in the backward. Frozen weights have no gradients, so nothing else is sent for them, and nothing at all
+    between nodes. The adapter, and with it optimizer, average and checkpoints, is as under DDP. Blocks move to the
+    device one by one, so the denoiser need not fit there whole; every process still reads it into the host's memory.
+
+    Raises:
+        ConfigError: as for :class:`DDP`.
+    """
+
+    def model_to_device(self) -> None:
+        """Share out the blocks, then move all the rest."""
+        mesh = init_device_mesh(
+            self.root_device.type, (self.num_nodes, self.num_processes), mesh_dim_names=("node", "device")
+        )["device"]
+        assert self.lightning_module is not None
+        base: Base = self.lightning_module.base
+        for part in (*base.blocks, base.denoiser):  # the last one takes what is in no block
+            fully_shard(part, mesh=mesh)
+        super().model_to_device()
+
+    def require_fitting(self, base: Base, acceleration: Acceleration) -> None:
+        """Refuse what does not go together with it.
+
+        Raises:
+            ConfigError: one device, a base whose forward reads weights past its blocks, or kernels that hold on to
+                weights.
+        """
+        if self.num_processes < 2:
+            raise ConfigError(
+                "trainer=fsdp2 shares out the base among the devices of a node, and this run has one: set "
+                "trainer.devices to 2 or more, or leave it out."
+            )
+        if not base.blocks:
+            raise ConfigError(
+                f"trainer=fsdp2 shares out a base block by block, and the forward of {base.pipeline_class} joins "
+                "weights of many blocks: choose trainer=ddp (UNets fit one GPU)."
+            )
+        for option, plain in (("compile", "none"), ("cuda_graphs", False), ("float8", False)):
+            if (value := getattr(acceleration, option)) != plain:
+                raise ConfigError(
+                    f"acceleration.{option}={value} does not go with trainer=fsdp2, whose weights come and go: leave "
+                    "one of them out."
+                )
+
+
+def require_fitting(trainer: Trainer, base: Base, acceleration: Acceleration) -> None:
+    """Refuse a strategy that this run cannot have.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, ShardedBase):
+        strategy.require_fitting(base, acceleration)
+    elif not isinstance(strategy, (DDPStrategy, SingleDeviceStrategy)):
+        raise ConfigError(
+            f"trainer.strategy: {type(strategy).__name__} keeps checkpoints of its own: choose trainer=ddp, fsdp2 or "
+            "deepspeed."
+        )

@@ -1,0 +1,87 @@
+"""Run as two processes: the same training under every strategy. Each writes what it saw as one JSON line."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from ipa_train.adapter import LinearProjector
+from ipa_train.bases import Flux
+from ipa_train.conditioning import CLIPImageEncoder, ConditionDropout
+from ipa_train.diffusion import Objective, UniformTimesteps
+from ipa_train.runtime.distributed import rank
+from ipa_train.training.callbacks.checkpointing import Checkpointing
+from ipa_train.training.callbacks.gradient_guard import GradientGuard
+from ipa_train.training.callbacks.metric_logging import MetricLogging
+from ipa_train.training.ema import AdapterEMA
+from ipa_train.training.module import AdapterTraining
+from ipa_train.training.optim import LRSchedule
+from ipa_train.training.strategies import DDP, ShardedBase
+from tests.training.conftest import make_batch
+from tests.training.toy import FUSED_ADAMW, Images, ToyTraining, make_trainer
+
+
+def real_module(base, image_encoder):
+    return AdapterTraining(
+        base=Flux.from_pretrained(base, dtype="float32", max_t5_tokens=32),
+        image_encoder=CLIPImageEncoder.from_pretrained(image_encoder, dtype="float32"),
+        projector=partial(LinearProjector),
+        objective=partial(Objective),
+        optimizer=partial(FUSED_ADAMW, lr=1e-3),
+        timesteps=UniformTimesteps(),
+        dropout=ConditionDropout(),
+        lr_schedule=LRSchedule(),
+        ema=AdapterEMA(),
+    )
+
+
+def fit(strategy, folder, max_steps, module, *, resume=None, loader=None):
+    """Train up to ``max_steps``, and on from the checkpoint ``resume``; return its folder's checkpoint."""
+    first = int(resume.name.removeprefix("step-")) if resume else 0
+    batches = [make_batch([4 * i + 2 * rank(), 4 * i + 2 * rank() + 1]) for i in range(first, max_steps)]
+    callbacks = [GradientGuard(), MetricLogging(progress=False), Checkpointing(folder=str(folder))]
+    trainer = make_trainer(max_steps, callbacks, devices=2, strategy=strategy, log_every_n_steps=1)
+    trainer.fit(module, loader or DataLoader(batches, batch_size=None), ckpt_path=resume)
+    return folder / f"step-{max_steps:08d}"
+
+
+def sharding(root, models, saw):
+    """Two steps sharded and two more replicated, and the other way round, beside four replicated."""
+    make = partial(real_module, *models)
+    fit(DDP(), root / "ddp", 4, make())
+    module = make()
+    half = fit(ShardedBase(), root / "fsdp", 2, module)
+    saw["sharded"] = sorted({type(weight).__name__ for weight in module.base.denoiser.parameters()})
+    held = [w.to_local().numel() for w in module.base.denoiser.parameters() if isinstance(w, DTensor)]
+    saw["share"] = sum(held) / sum(weight.numel() for weight in module.base.denoiser.parameters())
+    fit(ShardedBase(), root / "fsdp_fsdp", 4, make(), resume=half)
+    fit(DDP(), root / "fsdp_ddp", 4, make(), resume=half)
+
+
+def compression(saw):
+    """The change of the weights in one step of plain descent, which is the gradient."""
+    for name, compress in (("plain", False), ("compressed", True)):
+        module = ToyTraining(ema=False, optimizer=torch.optim.SGD)
+        before = torch.nn.utils.parameters_to_vector(module.adapter.parameters()).detach()
+        images = Images(rank=rank(), world_size=2).loader()
+        trainer = make_trainer(1, devices=2, strategy=DDP(compress_gradients=compress))
+        trainer.fit(module, images)
+        after = torch.nn.utils.parameters_to_vector(module.adapter.parameters()).detach()
+        saw[name] = (after - before).tolist()
+
+
+def main():
+    root, saw = Path(sys.argv[1]), {"rank": rank()}
+    compression(saw)
+    sharding(root, sys.argv[2:], saw)
+    sys.stdout.write("SAW " + json.dumps(saw) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
