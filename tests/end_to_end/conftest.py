@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import multiprocessing
+import os
+import socket
 import sys
 
 import numpy as np
@@ -64,11 +66,30 @@ def train_command(tiny_models, shards, tmp_path):
     return command
 
 
-def forked(arguments):
+def forked(arguments, **environment):
     """Start `ipa` in a fork of this process, which has imported everything already."""
-    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(arguments)))
+
+    def run():
+        os.environ.update(environment)
+        sys.exit(main(arguments))
+
+    process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     return process
+
+
+def forked_ranks(arguments, world_size):
+    """Run `ipa` as so many processes of one run, as torchrun does, until all have ended well."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    common |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
+    common |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    arguments = [*arguments, f"trainer.devices={world_size}"]
+    ranks = [forked(arguments, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(world_size)]
+    for process in ranks:
+        process.join(timeout=240)
+        assert process.exitcode == 0
 
 
 def loss_curve(run):
