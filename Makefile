@@ -31,7 +31,7 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint $(VENV)/img2dataset/ready
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 compatibility: setup
 	$(BIN)/pytest tests/compatibility --write-table

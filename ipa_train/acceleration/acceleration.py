@@ -11,6 +11,8 @@ from ipa_train.acceleration.float8 import to_float8
 from ipa_train.bases.base import Base, Block
 from ipa_train.errors import ConfigError, did_you_mean
 
+AUTO = "auto"
+
 
 class AcceleratedBlock:
     """Runs a block in another way; holds the block itself, so that it can be run plainly again."""
@@ -28,7 +30,8 @@ class Acceleration:
 
     Args:
         checkpointing: what is computed again in the backward, to save memory: nothing (``none``), all but convolutions
-            and attention (``selective``), or all of each block (``full``).
+            and attention (``selective``), or all of each block (``full``). ``auto`` is the first of them that fits: it
+            is ``none`` until :meth:`choose_checkpointing` is called.
         compile: nothing, each kind of block once (``blocks``), or the whole forward (``whole``).
         cuda_graphs: record the compiled kernels once and replay them, for pictures of one size; on a GPU.
         float8: hold the weights of the blocks' frozen linear layers in 8 bits, and multiply in them.
@@ -46,7 +49,7 @@ class Acceleration:
         float8: bool = False,
     ) -> None:
         for option, value, choices in (
-            ("checkpointing", checkpointing, get_args(Checkpointing)),
+            ("checkpointing", checkpointing, (AUTO, *get_args(Checkpointing))),
             ("compile", compile, get_args(Compile)),
         ):
             if value not in choices:
@@ -59,7 +62,9 @@ class Acceleration:
             raise ConfigError("acceleration.cuda_graphs=true needs a GPU, and there is none: leave it out.")
         if compile != "none":
             require_compilers()
-        self.checkpointing, self.compile = checkpointing, compile
+        self.is_automatic = checkpointing == AUTO
+        self.checkpointing = "none" if self.is_automatic else checkpointing
+        self.compile = compile
         self.cuda_graphs, self.float8 = cuda_graphs, float8
 
     def apply(self, base: Base) -> None:
@@ -72,6 +77,21 @@ class Acceleration:
         """
         if self.float8:
             to_float8(base)
+        self._wrap(base)
+
+    def choose_checkpointing(self, base: Base, fits: Callable[[], bool]) -> str:
+        """Apply to ``base`` the policy that computes least again and of which ``fits()`` holds, and return its name.
+
+        ``full`` where none fits. Only where ``checkpointing`` is ``auto``; else the one that was set is returned.
+        """
+        if self.is_automatic:
+            for self.checkpointing in get_args(Checkpointing):  # from the fastest to the smallest
+                self._wrap(base)
+                if fits():
+                    break
+        return self.checkpointing
+
+    def _wrap(self, base: Base) -> None:
         run = RUNS[self.checkpointing]  # type: ignore[index]
         if self.compile == "blocks":
             run = compiled(run, cuda_graphs=self.cuda_graphs)

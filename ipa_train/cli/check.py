@@ -19,7 +19,14 @@ from omegaconf import DictConfig
 
 from ipa_train.cli.build import build_data, build_module, build_trainer, describe_parameters
 from ipa_train.cli.config import load_config
-from ipa_train.cli.forecast import Plan, describe_memory, describe_time, device_of_run, forecast_memory
+from ipa_train.cli.forecast import (
+    choose_checkpointing,
+    describe_memory,
+    describe_time,
+    device_of_run,
+    forecast_memory,
+    plan_of_run,
+)
 from ipa_train.data.batch import Batch, Pictures
 from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.data.sequential import SequentialDataModule
@@ -58,13 +65,14 @@ def run(args: argparse.Namespace) -> int:
     if args.gpus is not None and args.gpus < 1:
         raise ConfigError(f"--gpus must be at least 1, got {args.gpus}.")
     world_size = args.gpus or trainer.world_size
-    accumulate = data.accumulate_grad_batches(world_size)
-    plan = Plan(world_size, accumulate, data.global_batch_size // world_size // accumulate)
-    _say("batch", f"{world_size} processes x {accumulate} micro-batches x {plan.batch_size} samples")
+    plan = plan_of_run(data, world_size)
+    _say("batch", f"{world_size} processes x {plan.num_micro_batches} micro-batches x {plan.batch_size} samples")
     _require_good_samples(data)
     device = device_of_run(config, args.gpu)
     # One sample is enough to try a step by, where its time says nothing of the run.
     batch = data.first_batch(plan.batch_size if device.is_here else 1, bucket=data.largest_bucket)
+    if (policy := choose_checkpointing(config, module, data, plan, device)) is not None:
+        _say("memory", f"acceleration.checkpointing=auto is {policy} on {device.name}")
     found = forecast_memory(module, batch, plan)
     for line in describe_memory(module, batch, plan, device, found):
         _say("memory", line)

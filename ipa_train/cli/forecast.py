@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from omegaconf import DictConfig
 
+from ipa_train.acceleration import Acceleration
+from ipa_train.cli.binding import instantiate
 from ipa_train.data.batch import Batch
+from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.errors import ConfigError
 from ipa_train.runtime.gpus import find_gpu, named_gpu
 from ipa_train.training.forecast import ASSUMED_UTILISATION, RESERVE_GIB, Forecast, forecast, largest_batch_size
@@ -24,6 +27,11 @@ class Device:
     """Peak in bf16; None where it is not known."""
     is_here: bool
     """Whether it is in this machine."""
+
+    @property
+    def room_gib(self) -> float:
+        """What of its memory tensors can have."""
+        return max(0.0, self.memory_gib - RESERVE_GIB)
 
 
 def device_of_run(config: DictConfig, gpu: str | None) -> Device:
@@ -59,6 +67,28 @@ class Plan:
         return self.world_size * self.num_micro_batches * self.batch_size
 
 
+def plan_of_run(data: StreamingDataModule, world_size: int) -> Plan:
+    """How ``world_size`` processes share out the global batch."""
+    accumulate = data.accumulate_grad_batches(world_size)
+    return Plan(world_size, accumulate, data.global_batch_size // world_size // accumulate)
+
+
+def choose_checkpointing(
+    config: DictConfig, module: AdapterTraining, data: StreamingDataModule, plan: Plan, device: Device
+) -> str | None:
+    """Apply the fastest policy that fits into the device's memory, and return it: ``acceleration.checkpointing=auto``.
+
+    None where the config names a policy itself.
+    """
+    acceleration: Acceleration = instantiate(config.acceleration)
+    if not acceleration.is_automatic:
+        return None
+    batch = data.first_batch(1, bucket=data.largest_bucket)
+    return acceleration.choose_checkpointing(
+        module.base, lambda: forecast_memory(module, batch, plan).peak_gib <= device.room_gib
+    )
+
+
 def forecast_memory(module: AdapterTraining, batch: Batch, plan: Plan) -> Forecast:
     """Forecast the run, from a batch of its shapes with any number of samples."""
     blank = batch.blank(plan.batch_size)
@@ -75,10 +105,9 @@ def describe_memory(
     """
     parts = ", ".join(f"{name} {gib:.2f}" for name, gib in found.memory_gib.items())
     yield f"{found.peak_gib:.2f} GiB for each device: {parts}"
-    room = device.memory_gib - RESERVE_GIB
     options = {"world_size": plan.world_size, "num_micro_batches": plan.num_micro_batches}
-    largest = largest_batch_size(module, batch, room, **options)
-    if found.peak_gib > room:
+    largest = largest_batch_size(module, batch, device.room_gib, **options)
+    if found.peak_gib > device.room_gib:
         share = plan.num_micro_batches * plan.batch_size
         fitting = max((size for size in range(1, largest + 1) if share % size == 0), default=0)
         cures = [f"data.batch_size={fitting}"] if fitting else []
@@ -87,9 +116,9 @@ def describe_memory(
         cures.append("a lower data.resolution")
         raise ConfigError(
             f"a micro-batch of {plan.batch_size} samples needs {found.peak_gib:.1f} GiB, and {device.name} has room "
-            f"for {max(0.0, room):.1f}: set {', or '.join(cures)}."
+            f"for {device.room_gib:.1f}: set {', or '.join(cures)}."
         )
-    yield f"{device.name} has room for {room:.1f} GiB: for micro-batches of up to {largest:,} samples"
+    yield f"{device.name} has room for {device.room_gib:.1f} GiB: for micro-batches of up to {largest:,} samples"
 
 
 def describe_time(found: Forecast, plan: Plan, device: Device, max_steps: int, seconds: float | None) -> Iterator[str]:

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from ipa_train.cli.build import build_data, build_loggers, build_module, build_trainer, describe_parameters
 from ipa_train.cli.config import load_config
+from ipa_train.cli.forecast import choose_checkpointing, device_of_run, plan_of_run
 from ipa_train.runtime.distributed import rank
 from ipa_train.runtime.logging import setup_logging
 from ipa_train.training.run_dir import open_run
@@ -41,6 +42,9 @@ def run(args: argparse.Namespace) -> int:
     module = build_module(config)
     data = build_data(config, module)
     trainer = build_trainer(config, module, data)
+    plan, device = plan_of_run(data, trainer.world_size), device_of_run(config, gpu=None)
+    if (policy := choose_checkpointing(config, module, data, plan, device)) not in (None, "none") and rank() == 0:
+        _log.info("acceleration.checkpointing=auto is %s on %s", policy, device.name)
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     run_dir = open_run(Path(config.run.path), plain, max_steps=config.trainer.max_steps)
     try:

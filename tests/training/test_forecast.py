@@ -114,11 +114,34 @@ def test_recomputation_is_told_from_the_backward(make_module):
     module = make_module()
     Acceleration(checkpointing="full").apply(module.base)
     recomputing = rehearse(module, make_batch(range(2)))
+    assert recomputing.encoder_flops == plain.encoder_flops
+    assert recomputing.forward_flops == plain.forward_flops
     # Forwards of autograd functions run without gradients, and so count as a part of the backward when run again.
     assert recomputing.model_flops == pytest.approx(plain.model_flops, rel=0.02)
     assert 0.2 * plain.forward_flops < recomputing.recomputed_flops <= plain.forward_flops
     assert recomputing.activation_bytes < 0.8 * plain.activation_bytes
     assert recomputing.peak_bytes < plain.peak_bytes
+
+
+@pytest.mark.parametrize(("policy", "slower"), [("none", None), ("selective", "none"), ("full", "selective")])
+def test_auto_computes_no_more_again_than_it_must(policy, slower, make_module):
+    module, batch = make_module(), make_batch(range(8))
+
+    def peak(checkpointing):
+        Acceleration(checkpointing=checkpointing).apply(module.base)
+        return forecast(module, batch).peak_gib
+
+    room = peak(policy) if slower is None else (peak(policy) + peak(slower)) / 2
+    chosen = Acceleration(checkpointing="auto").choose_checkpointing(
+        module.base, lambda: forecast(module, batch).peak_gib <= room
+    )
+    assert chosen == policy
+    assert forecast(module, batch).peak_gib <= room, "it is applied"
+
+
+def test_a_policy_that_was_set_is_kept_though_it_does_not_fit(make_module):
+    acceleration = Acceleration(checkpointing="selective")
+    assert acceleration.choose_checkpointing(make_module().base, lambda: False) == "selective"
 
 
 def test_state_is_that_of_the_optimizer_the_average_and_the_exchange(make_module):

@@ -25,12 +25,13 @@ class Rehearsal:
     """What one micro-batch took: FLOPs, and bytes on the device."""
 
     encoder_flops: int
-    """Of all that runs without gradients: VAE, image encoder and text encoders."""
+    """Of all that runs before the adapter: VAE, image encoder and text encoders."""
     forward_flops: int
     """Of the denoiser with the adapter."""
     backward_flops: int
     recomputed_flops: int
-    """Of forwards that are run again in the backward."""
+    """Of forwards that are run again in the backward; of attention on a CPU, see ``adapter/decoupled.py``, a part
+    counts as backward."""
     frozen_bytes: int
     """Frozen weights, and buffers."""
     trained_bytes: int
@@ -64,9 +65,16 @@ def rehearse(module: AdapterTraining, batch: Batch, *, accumulates: bool = False
             parameter.grad = torch.empty_like(parameter)
         before = memory.live
         blank = batch.blank(len(batch))
-        loss = module.training_step(blank, 0)
+        encoder_flops = 0
+
+        def encoded(*_: Any) -> None:
+            nonlocal encoder_flops
+            encoder_flops = flops.total
+
+        with module.adapter.register_forward_pre_hook(encoded):
+            loss = module.training_step(blank, 0)
         activation_bytes = memory.live - before
-        encoder_flops, forward_flops = flops.total - flops.with_grad, flops.with_grad
+        forward_flops, with_grad = flops.total - encoder_flops, flops.with_grad
         if not accumulates:
             for parameter in trained:
                 parameter.grad = None
@@ -74,7 +82,7 @@ def rehearse(module: AdapterTraining, batch: Batch, *, accumulates: bool = False
         engine = torch.autograd.Variable._execution_engine
         engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
     # With gradients enabled, a backward pass runs nothing but forwards that it lacks the results of.
-    recomputed_flops = flops.with_grad - forward_flops
+    recomputed_flops = flops.with_grad - with_grad
     return Rehearsal(
         encoder_flops=encoder_flops,
         forward_flops=forward_flops,
