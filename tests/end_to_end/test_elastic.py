@@ -12,6 +12,9 @@ from tests.end_to_end.recorder import recorded
 
 STARTS = ((4, 2), (2, 5), (3, 7))
 """Ranks, and the step at which they stop."""
+TOLERANCE = 1e-5
+"""Relative. Gradients of so many ranks are summed in another order: 1e-7 of each in fp32, of which Adam, that divides
+them by their size, makes 2e-6 within these steps."""
 
 
 @pytest.fixture
@@ -19,17 +22,15 @@ def command(train_command, tmp_path):
     def command(name, steps):
         recorder = "+callbacks.recorder._target_=tests.end_to_end.recorder.Recorder"
         folder = f"+callbacks.recorder.folder={tmp_path / 'seen' / name}"
-        return train_command(name, "data.global_batch_size=12", f"trainer.max_steps={steps}", recorder, folder)
+        options = ["data.global_batch_size=12", "acceleration.checkpointing=none", recorder, folder]
+        return train_command(name, f"trainer.max_steps={steps}", *options)
 
     (tmp_path / "seen").mkdir()
     return command
 
 
 def test_4_ranks_then_2_then_3_are_one_run(command, tmp_path):
-    """No sample is lost or repeated in more than an epoch; weights and moments are those of one process.
-
-    They differ by the order in which fp32 gradients are summed: 2e-7 of a gradient.
-    """
+    """No sample is lost or repeated in more than an epoch; weights, average and moments are those of one process."""
     last = STARTS[-1][1]
     assert main(command("alone", last)) == 0
     for world_size, steps in STARTS:
@@ -45,11 +46,10 @@ def test_4_ranks_then_2_then_3_are_one_run(command, tmp_path):
     for step, loss in loss_curve(tmp_path / "alone").items():
         assert float(curve[step]) == pytest.approx(float(loss), rel=1e-5)
     for file in ("adapter.safetensors", "ema.safetensors"):
-        print(file, distance(load_file(elastic / file), load_file(alone / file)))
-    moments, expected = (optimizer_state(path) for path in (elastic, alone))
-    assert moments.keys() == expected.keys()
-    print(distance(moments, expected))
-    assert 0
+        assert distance(load_file(elastic / file), load_file(alone / file)) < TOLERANCE
+    assert distance(optimizer_state(elastic), optimizer_state(alone)) < TOLERANCE
+    earlier = optimizer_state(elastic.with_name(f"step-{STARTS[-2][1]:08d}"))
+    assert distance(earlier, optimizer_state(alone)) > 1000 * TOLERANCE, "a tolerance that steps do not get below"
 
 
 def optimizer_state(checkpoint):
