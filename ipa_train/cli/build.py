@@ -108,8 +108,8 @@ def build_trainer(config: DictConfig, module: AdapterTraining, data: StreamingDa
         plugins=[AdapterCheckpointIO()],
         default_root_dir=config.run.path,
     )
-    require_fitting(trainer, module.base, instantiate(config.acceleration))
     trainer.accumulate_grad_batches = data.accumulate_grad_batches(trainer.world_size)
+    require_fitting(trainer, module, instantiate(config.acceleration))
     return trainer
 
 

@@ -6,7 +6,7 @@ Steps are the same as well, up to the order of sums, so that a run may go on und
 from datetime import timedelta
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor
 from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ipa_train.acceleration import Acceleration
 from ipa_train.bases import Base
 from ipa_train.errors import ConfigError
+from ipa_train.training.module import AdapterTraining
+from ipa_train.training.zero import ZeRO
 
 
 class DDP(DDPStrategy):
@@ -102,7 +104,7 @@ class ShardedBase(DDP):
                 )
 
 
-def require_fitting(trainer: Trainer, base: Base, acceleration: Acceleration) -> None:
+def require_fitting(trainer: Trainer, module: AdapterTraining, acceleration: Acceleration) -> None:
     """Refuse a strategy that this run cannot have.
 
     Raises:
@@ -110,9 +112,11 @@ def require_fitting(trainer: Trainer, base: Base, acceleration: Acceleration) ->
     """
     strategy = trainer.strategy
     if isinstance(strategy, ShardedBase):
-        strategy.require_fitting(base, acceleration)
-    elif not isinstance(strategy, (DDPStrategy, SingleDeviceStrategy)):
+        strategy.require_fitting(module.base, acceleration)
+    elif isinstance(strategy, ZeRO):
+        strategy.require_fitting(trainer, module)
+    elif not isinstance(strategy, (DDPStrategy, SingleDeviceStrategy)) or isinstance(strategy, DeepSpeedStrategy):
         raise ConfigError(
-            f"trainer.strategy: {type(strategy).__name__} keeps checkpoints of its own: choose trainer=ddp, fsdp2 or "
+            f"trainer.strategy: {type(strategy).__name__} has checkpoints of its own: choose trainer=ddp, fsdp2 or "
             "deepspeed."
         )

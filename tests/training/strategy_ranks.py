@@ -5,8 +5,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import deepspeed
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import deepspeed as lightning_deepspeed
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
@@ -22,6 +25,7 @@ from ipa_train.training.ema import AdapterEMA
 from ipa_train.training.module import AdapterTraining
 from ipa_train.training.optim import LRSchedule
 from ipa_train.training.strategies import DDP, ShardedBase
+from ipa_train.training.zero import ZeRO
 from tests.training.conftest import make_batch
 from tests.training.toy import FUSED_ADAMW, Images, ToyTraining, make_trainer
 
@@ -40,27 +44,49 @@ def real_module(base, image_encoder):
     )
 
 
-def fit(strategy, folder, max_steps, module, *, resume=None, loader=None):
-    """Train up to ``max_steps``, and on from the checkpoint ``resume``; return its folder's checkpoint."""
+class CPUZeRO(ZeRO):
+    """DeepSpeed on CPUs, which Lightning would refuse."""
+
+    def setup_environment(self):
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled here
+        lightning_deepspeed._validate_device_index_selection = lambda devices: None
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def _get_process_group_backend(self):
+        return "gloo"
+
+    @property
+    def root_device(self):
+        return torch.device("cpu", 0)
+
+
+def fit(strategy, folder, max_steps, module, *, resume=None):
+    """Train up to ``max_steps``, and on from the checkpoint ``resume``; return the last checkpoint."""
     first = int(resume.name.removeprefix("step-")) if resume else 0
     batches = [make_batch([4 * i + 2 * rank(), 4 * i + 2 * rank() + 1]) for i in range(first, max_steps)]
     callbacks = [GradientGuard(), MetricLogging(progress=False), Checkpointing(folder=str(folder))]
-    trainer = make_trainer(max_steps, callbacks, devices=2, strategy=strategy, log_every_n_steps=1)
-    trainer.fit(module, loader or DataLoader(batches, batch_size=None), ckpt_path=resume)
+    options = {"devices": 2, "strategy": strategy, "log_every_n_steps": 1, "gradient_clip_val": 0.1}
+    trainer = make_trainer(max_steps, callbacks, **options)
+    trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=resume)
     return folder / f"step-{max_steps:08d}"
 
 
-def sharding(root, models, saw):
-    """Two steps sharded and two more replicated, and the other way round, beside four replicated."""
-    make = partial(real_module, *models)
-    fit(DDP(), root / "ddp", 4, make())
+def sharding(root, make, saw):
+    """Two steps sharded, and two more sharded or not."""
     module = make()
-    half = fit(ShardedBase(), root / "fsdp", 2, module)
+    half = fit(ShardedBase(), root / "sharded", 2, module)
     saw["sharded"] = sorted({type(weight).__name__ for weight in module.base.denoiser.parameters()})
     held = [w.to_local().numel() for w in module.base.denoiser.parameters() if isinstance(w, DTensor)]
     saw["share"] = sum(held) / sum(weight.numel() for weight in module.base.denoiser.parameters())
-    fit(ShardedBase(), root / "fsdp_fsdp", 4, make(), resume=half)
-    fit(DDP(), root / "fsdp_ddp", 4, make(), resume=half)
+    fit(ShardedBase(), root / "sharded_sharded", 4, make(), resume=half)
+    fit(DDP(), root / "sharded_ddp", 4, make(), resume=half)
+
+
+def zero(root, make):
+    """Steps under ZeRO before, after and between steps under DDP."""
+    half = fit(CPUZeRO(stage=1), root / "zero1", 2, make())
+    fit(CPUZeRO(stage=2), root / "zero1_zero2", 4, make(), resume=half)
+    fit(DDP(), root / "zero1_ddp", 4, make(), resume=half)
 
 
 def compression(saw):
@@ -78,7 +104,10 @@ def compression(saw):
 def main():
     root, saw = Path(sys.argv[1]), {"rank": rank()}
     compression(saw)
-    sharding(root, sys.argv[2:], saw)
+    make = partial(real_module, *sys.argv[2:])
+    fit(DDP(), root / "ddp", 4, make())
+    sharding(root, make, saw)
+    zero(root, make)
     sys.stdout.write("SAW " + json.dumps(saw) + "\n")
     dist.destroy_process_group()
 

@@ -9,7 +9,7 @@ from tests.training.ranks import run_ranks
 def two_ranks(tmp_path_factory, tiny_flux):
     """The folder of the runs, and what each of two gloo processes saw."""
     root = tmp_path_factory.mktemp("strategies")
-    return root, run_ranks("strategy_ranks.py", root, *tiny_flux)
+    return root, run_ranks("strategy_ranks.py", root, *tiny_flux, DS_ACCELERATOR="cpu")
 
 
 def test_compressed_gradients_are_those_of_ddp_rounded_to_bf16(two_ranks):
@@ -28,14 +28,24 @@ def test_sharding_leaves_each_rank_half_of_the_base(two_ranks):
         assert saw["share"] == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.parametrize("way", ["fsdp_fsdp", "fsdp_ddp"])
-def test_sharded_or_not_it_is_the_same_training_and_the_same_checkpoint(two_ranks, way):
+WAYS = ["sharded_sharded", "sharded_ddp", "zero1_zero2", "zero1_ddp"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_the_strategy_training_and_checkpoints_are_the_same(two_ranks, way):
     ours, ddp = two_ranks[0] / way / "step-00000004", two_ranks[0] / "ddp" / "step-00000004"
     assert sorted(p.name for p in ours.iterdir()) == sorted(p.name for p in ddp.iterdir())
     for name in ("adapter.safetensors", "ema.safetensors", "ip_adapter.safetensors"):
         weights, expected = load_file(ours / name), load_file(ddp / name)
         assert weights.keys() == expected.keys()
         for key, weight in weights.items():
-            torch.testing.assert_close(weight, expected[key])
+            print(key, (weight - expected[key]).norm() / expected[key].norm())
+            # torch.testing.assert_close(weight, expected[key])
     state, expected = (torch.load(p / "state.pt", weights_only=True) for p in (ours, ddp))
-    assert state["optimizer_states"][0]["state"].keys() == expected["optimizer_states"][0]["state"].keys()
+    ((moments, group), (expected_moments, expected_group)) = (s["optimizer_states"][0].values() for s in (state, expected))
+    assert group == expected_group
+    print(moments.keys(), expected_moments.keys())
+    for number, of in moments.items():
+       for key, value in of.items():
+           print(number, key, (value - expected_moments[number][key]).norm()/ expected_moments[number][key].norm())
+    assert 0
