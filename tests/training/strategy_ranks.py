@@ -89,6 +89,15 @@ def zero(root, make):
     fit(DDP(), root / "zero1_ddp", 4, make(), resume=half)
 
 
+def poisoned(saw):
+    """A loss on one rank, in the second of three steps, that is not a number."""
+    for name, strategy in (("ddp_poisoned", DDP()), ("zero_poisoned", CPUZeRO())):
+        module = ToyTraining(ema=False)
+        images = Images(poison=[12], rank=rank(), world_size=2).loader()
+        make_trainer(3, [GradientGuard()], devices=2, strategy=strategy).fit(module, images)
+        saw[name] = torch.nn.utils.parameters_to_vector(module.adapter.parameters()).tolist()
+
+
 def compression(saw):
     """The change of the weights in one step of plain descent, which is the gradient."""
     for name, compress in (("plain", False), ("compressed", True)):
@@ -108,6 +117,7 @@ def main():
     fit(DDP(), root / "ddp", 4, make())
     sharding(root, make, saw)
     zero(root, make)
+    poisoned(saw)
     sys.stdout.write("SAW " + json.dumps(saw) + "\n")
     dist.destroy_process_group()
 

@@ -28,24 +28,33 @@ def test_sharding_leaves_each_rank_half_of_the_base(two_ranks):
         assert saw["share"] == pytest.approx(0.5, abs=0.05)
 
 
-WAYS = ["sharded_sharded", "sharded_ddp", "zero1_zero2", "zero1_ddp"]
-
-
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["sharded_sharded", "sharded_ddp", "zero1_zero2", "zero1_ddp"])
 def test_whatever_the_strategy_training_and_checkpoints_are_the_same(two_ranks, way):
     ours, ddp = two_ranks[0] / way / "step-00000004", two_ranks[0] / "ddp" / "step-00000004"
-    assert sorted(p.name for p in ours.iterdir()) == sorted(p.name for p in ddp.iterdir())
+    assert sorted(file.name for file in ours.iterdir()) == sorted(file.name for file in ddp.iterdir())
     for name in ("adapter.safetensors", "ema.safetensors", "ip_adapter.safetensors"):
-        weights, expected = load_file(ours / name), load_file(ddp / name)
-        assert weights.keys() == expected.keys()
-        for key, weight in weights.items():
-            print(key, (weight - expected[key]).norm() / expected[key].norm())
-            # torch.testing.assert_close(weight, expected[key])
-    state, expected = (torch.load(p / "state.pt", weights_only=True) for p in (ours, ddp))
-    ((moments, group), (expected_moments, expected_group)) = (s["optimizer_states"][0].values() for s in (state, expected))
-    assert group == expected_group
-    print(moments.keys(), expected_moments.keys())
-    for number, of in moments.items():
-       for key, value in of.items():
-           print(number, key, (value - expected_moments[number][key]).norm()/ expected_moments[number][key].norm())
-    assert 0
+        # What these biases add to all scores alike softmax takes away: their gradient is rounding, and nothing else.
+        weights, expected = (
+            {key: w for key, w in load_file(path / name).items() if not key.endswith("to_k_ip.bias")}
+            for path in (ours, ddp)
+        )
+        assert_close(weights, expected)
+    state, expected = (torch.load(path / "state.pt", weights_only=True)["optimizer_states"] for path in (ours, ddp))
+    assert state[0]["param_groups"] == expected[0]["param_groups"]
+    moments, expected = (
+        {f"{number}.{key}": x for number, of in s[0]["state"].items() for key, x in of.items()}
+        for s in (state, expected)
+    )
+    assert_close(moments, expected)
+
+
+def assert_close(tensors, expected):
+    """Sums in another order are some 1e-7 apart in fp32."""
+    assert tensors.keys() == expected.keys()
+    for key, x in expected.items():
+        assert (tensors[key] - x).norm() < 1e-5 * x.norm() + 1e-8, key
+
+
+def test_zero_skips_what_is_not_finite_as_ddp_does(two_ranks):
+    for saw in two_ranks[1]:
+        assert saw["zero_poisoned"] == pytest.approx(saw["ddp_poisoned"], rel=1e-5)
