@@ -84,8 +84,10 @@ def build_data(config: DictConfig, module: AdapterTraining) -> StreamingDataModu
     return data
 
 
-def build_trainer(config: DictConfig, module: AdapterTraining, data: StreamingDataModule) -> lightning.Trainer:
-    """Make the trainer and its callbacks, without loggers.
+def build_trainer(
+    config: DictConfig, module: AdapterTraining, data: StreamingDataModule, *, is_here: bool = True
+) -> lightning.Trainer:
+    """Make the trainer and its callbacks, without loggers; ``is_here``: for this machine, and not for one elsewhere.
 
     Raises:
         ConfigError: the global batch does not divide among the processes and micro-batches, or the strategy does not
@@ -109,7 +111,7 @@ def build_trainer(config: DictConfig, module: AdapterTraining, data: StreamingDa
         default_root_dir=config.run.path,
     )
     trainer.accumulate_grad_batches = data.accumulate_grad_batches(trainer.world_size)
-    require_fitting(trainer, module, instantiate(config.acceleration))
+    require_fitting(trainer, module, instantiate(config.acceleration), is_here=is_here)
     return trainer
 
 

@@ -4,11 +4,11 @@ Steps are the same as well, up to the order of sums, so that a run may go on und
 """
 
 from datetime import timedelta
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor
-from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -47,7 +47,7 @@ class DDP(DDPStrategy):
             self.model.register_comm_hook(None, _send_in_bf16)
 
 
-def _send_in_bf16(state: object, bucket: GradBucket) -> Future[Tensor]:
+def _send_in_bf16(state: object, bucket: Any) -> Future[Tensor]:
     # torch refuses its hook by name where there is no CUDA; gloo sums bf16 too.
     return bf16_compress_hook(None, bucket)  # type: ignore[arg-type]
 
@@ -104,8 +104,15 @@ class ShardedBase(DDP):
                 )
 
 
-def require_fitting(trainer: Trainer, module: AdapterTraining, acceleration: Acceleration) -> None:
-    """Refuse a strategy that this run cannot have.
+def base_shards(trainer: Trainer) -> int:
+    """Among how many devices the denoiser is shared out; 1 where each holds it whole."""
+    return trainer.strategy.num_processes if isinstance(trainer.strategy, ShardedBase) else 1
+
+
+def require_fitting(
+    trainer: Trainer, module: AdapterTraining, acceleration: Acceleration, *, is_here: bool = True
+) -> None:
+    """Refuse a strategy that this run cannot have, on this machine where it ``is_here``.
 
     Raises:
         ConfigError: with the reason.
@@ -114,7 +121,7 @@ def require_fitting(trainer: Trainer, module: AdapterTraining, acceleration: Acc
     if isinstance(strategy, ShardedBase):
         strategy.require_fitting(module.base, acceleration)
     elif isinstance(strategy, ZeRO):
-        strategy.require_fitting(trainer, module)
+        strategy.require_fitting(trainer, module, is_here=is_here)
     elif not isinstance(strategy, (DDPStrategy, SingleDeviceStrategy)) or isinstance(strategy, DeepSpeedStrategy):
         raise ConfigError(
             f"trainer.strategy: {type(strategy).__name__} has checkpoints of its own: choose trainer=ddp, fsdp2 or "

@@ -47,19 +47,19 @@ class ZeRO(DeepSpeedStrategy):
 
     lightning_restore_optimizer = True
 
-    def require_fitting(self, trainer: Trainer, module: AdapterTraining) -> None:
-        """Refuse what does not go together with it.
+    def require_fitting(self, trainer: Trainer, module: AdapterTraining, *, is_here: bool) -> None:
+        """Refuse what does not go together with it, and a machine without CUDA where the run ``is_here``.
 
         Raises:
             ConfigError: no CUDA, steps of several micro-batches, or an optimizer whose state is not a number for each
                 weight.
         """
-        if not isinstance(trainer.accelerator, CUDAAccelerator):
+        if is_here and not isinstance(trainer.accelerator, CUDAAccelerator):
             raise ConfigError("trainer=deepspeed needs CUDA GPUs, and this run has none: choose trainer=ddp.")
-        if trainer.accumulate_grad_batches > 1:
+        if (count := trainer.accumulate_grad_batches) > 1:
             raise ConfigError(
-                f"trainer=deepspeed takes steps of one micro-batch, and this run has {trainer.accumulate_grad_batches}: "
-                "set data.batch_size=null, or choose trainer=ddp."
+                f"trainer=deepspeed takes steps of one micro-batch, and this run has {count}: set "
+                "data.batch_size=null, or choose trainer=ddp."
             )
         optimizer = module.make_optimizer(module.adapter.parameters())
         if not isinstance(optimizer, Adam):

@@ -28,9 +28,7 @@ def run_ranks(script, *arguments, world_size=2, **environment):
         }
         command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
         processes.append(
-            subprocess.Popen(
-                command, env=env | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
+            subprocess.Popen(command, env=env | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
     ends = [process.communicate(timeout=240) for process in processes]
     assert not any(process.returncode for process in processes), "\n".join(errors for _, errors in ends)

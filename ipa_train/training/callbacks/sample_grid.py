@@ -12,7 +12,7 @@ from ipa_train.data.batch import Pictures
 from ipa_train.errors import ConfigError
 from ipa_train.eval.generate import generate, grid, to_pil
 from ipa_train.runtime.files import atomic_write
-from ipa_train.training.strategies import ShardedBase
+from ipa_train.training.strategies import base_shards
 
 
 class SampleGrid(Callback):
@@ -48,8 +48,7 @@ class SampleGrid(Callback):
         if not self.every_steps or step == self._drawn_step or step % self.every_steps:
             return
         self._drawn_step = step
-        needs_all_ranks = isinstance(trainer.strategy, ShardedBase)
-        if trainer.is_global_zero or needs_all_ranks:
+        if trainer.is_global_zero or base_shards(trainer) > 1:
             picture = self._draw(trainer, pl_module)
         if trainer.is_global_zero:
             self._show(trainer, picture, step)

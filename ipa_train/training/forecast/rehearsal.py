@@ -103,8 +103,9 @@ def _without_data(module: AdapterTraining) -> Iterator[None]:
     are whole there, and nothing gathers them.
     """
     stores: list[Any] = [store for part in module.modules() for store in (part._parameters, part._buffers)]
-    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    stores += [hooks for part in sharded for hooks in (part._forward_pre_hooks, part._forward_hooks)]
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            stores += [part._forward_pre_hooks, part._forward_hooks]  # type: ignore[attr-defined]
     originals = [dict(store) for store in stores]
     twins: dict[int, Tensor] = {}  # weights may be tied
     objective, metrics = module.objective, module.metrics

@@ -1,0 +1,76 @@
+"""Strategies of several devices through the command, and those that a run cannot have."""
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from ipa_train.cli.main import main
+from tests.end_to_end.conftest import forked_ranks, loss_curve
+
+FLUX = ["experiment=flux_linear", "base.max_t5_tokens=32", "acceleration.checkpointing=full"]
+
+
+@pytest.fixture
+def flux_command(train_command, tiny_flux):
+    """As ``train_command``, for a tiny Flux and with any of the trainers."""
+
+    def command(name, trainer, *overrides):
+        own = [f"base.path={tiny_flux[0]}", f"image_encoder.path={tiny_flux[1]}", f"trainer={trainer}"]
+        inherited = [x for x in train_command(name)[1:] if x not in ("experiment=sd15_linear", "trainer=cpu")]
+        return [*inherited, *FLUX, *own, "trainer.accelerator=cpu", *overrides]
+
+    return command
+
+
+def test_a_sharded_flux_trains_draws_and_goes_on_replicated(flux_command, tmp_path):
+    """Sample grids are drawn too, for which all ranks must be there."""
+    grid = ["callbacks.sample_grid.every_steps=2", "callbacks.sample_grid.num_inference_steps=1"]
+    forked_ranks(["train", *flux_command("sharded", "fsdp2", "trainer.max_steps=2", *grid)], 2)
+    assert main(["train", *flux_command("sharded", "default", "trainer.devices=1", "trainer.max_steps=3", *grid)]) == 0
+    assert main(["train", *flux_command("alone", "default", "trainer.devices=1", "trainer.max_steps=3", *grid)]) == 0
+    losses = loss_curve(tmp_path / "sharded")
+    assert losses.keys() == {1, 2, 3}
+    for step, loss in loss_curve(tmp_path / "alone").items():
+        assert float(losses[step]) == pytest.approx(float(loss), rel=1e-5)
+    for run in ("sharded", "alone"):
+        Image.open(tmp_path / run / "samples" / "step-00000002.png").verify()
+    exports = [
+        load_file(tmp_path / run / "checkpoints" / "step-00000003" / "ip_adapter.safetensors")
+        for run in ("sharded", "alone")
+    ]
+    assert exports[0].keys() == exports[1].keys()
+
+
+@pytest.mark.parametrize("verb", ["check", "train"])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("trainer=fsdp2 trainer.devices=1", "trainer=fsdp2 shares out the base among the devices of a node"),
+        ("trainer=fsdp2 trainer.devices=2", "the forward of StableDiffusionPipeline joins weights"),
+        ("trainer=deepspeed", "trainer=deepspeed needs CUDA GPUs, and this run has none"),
+        ("trainer=deepspeed trainer.strategy.stage=3", "trainer.strategy.stage must be 1 or 2, got 3"),
+        ("trainer=ddp trainer.strategy.timeout_minutes=0", "timeout_minutes must be above 0, got 0"),
+        ("trainer=default trainer.strategy=deepspeed", "DeepSpeedStrategy has checkpoints of its own"),
+    ],
+)
+def test_what_cannot_run_is_refused(verb, overrides, message, train_command, tmp_path, capfd):
+    inherited = [x for x in train_command("bad")[1:] if x != "trainer=cpu"]
+    assert main([verb, *inherited, "trainer.accelerator=cpu", *overrides.split()]) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("ipa ")]
+    assert message in line
+    assert not (tmp_path / "bad" / "checkpoints").exists()
+
+
+def test_sharding_is_refused_with_what_holds_on_to_weights(flux_command, capfd):
+    assert main(["check", *flux_command("bad", "fsdp2", "trainer.devices=2", "acceleration.compile=blocks")]) == 2
+    assert "acceleration.compile=blocks does not go with trainer=fsdp2" in capfd.readouterr().err
+
+
+def test_check_forecasts_a_sharded_base_by_its_parts(flux_command, capsys):
+    held = []
+    for trainer in ("ddp", "fsdp2"):
+        assert main(["check", *flux_command("checked", trainer, "trainer.devices=4")]) == 0
+        shown = capsys.readouterr().out
+        held.append(float(shown.partition("frozen weights ")[2].partition(",")[0]))
+    assert "not tried: one process may not hold what 4 share" in shown
+    assert held[1] <= held[0]
