@@ -3,15 +3,16 @@
 Steps are the same as well, up to the order of sums, so that a run may go on under another one.
 """
 
+import warnings
 from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
@@ -73,11 +74,23 @@ class ShardedBase(DDP):
         mesh = init_device_mesh(
             self.root_device.type, (self.num_nodes, self.num_processes), mesh_dim_names=("node", "device")
         )["device"]
-        assert self.lightning_module is not None
-        base: Base = self.lightning_module.base
-        for part in (*base.blocks, base.denoiser):  # the last one takes what is in no block
+        for part in self._parts():
             fully_shard(part, mesh=mesh)
         super().model_to_device()
+        # It warns of blocks that return views, for those who would then change these in place; here nothing does.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+
+    def teardown(self) -> None:
+        """Let go of gathered weights first: a sample grid, or an error within a block, leaves some."""
+        for part in self._parts():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+        super().teardown()
+
+    def _parts(self) -> list[nn.Module]:
+        assert self.lightning_module is not None
+        base: Base = self.lightning_module.base
+        return [*base.blocks, base.denoiser]  # the last one takes what is in no block
 
     def require_fitting(self, base: Base, acceleration: Acceleration) -> None:
         """Refuse what does not go together with it.

@@ -80,7 +80,7 @@ def forecast(
     num_trained = sum(p.numel() for p in parameters if p.requires_grad)
     rehearsal = rehearse(module, batch, accumulates=num_micro_batches > 1)
     if base_shards > 1:
-        elsewhere = _bytes_elsewhere(module.base, base_shards)
+        elsewhere = bytes_elsewhere(module.base, base_shards)
         rehearsal = replace(
             rehearsal,
             frozen_bytes=rehearsal.frozen_bytes - elsewhere,
@@ -119,7 +119,7 @@ def largest_batch_size(module: AdapterTraining, batch: Batch, memory_gib: float,
         fitting, size = size, guess
 
 
-def _bytes_elsewhere(base: Base, num_shards: int) -> int:
+def bytes_elsewhere(base: Base, num_shards: int) -> int:
     """What of the denoiser a device does not hold at the highest moment.
 
     Beside its part it then has two blocks whole, one that runs and the next, and all that is in no block.
