@@ -4,11 +4,10 @@ Steps are the same as well, up to the order of sums, so that a run may go on und
 """
 
 import warnings
-from datetime import timedelta
-from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,16 +28,10 @@ class DDP(DDPStrategy):
     Args:
         compress_gradients: send them in bf16, half the bytes. Each is rounded to 8 bits of mantissa before and after
             the sum; moments and weights stay fp32.
-        timeout_minutes: how long a process waits for the others before it gives up.
-
-    Raises:
-        ConfigError: no time to wait.
     """
 
-    def __init__(self, *, compress_gradients: bool = False, timeout_minutes: float = 10.0) -> None:
-        if timeout_minutes <= 0:
-            raise ConfigError(f"trainer.strategy.timeout_minutes must be above 0, got {timeout_minutes}.")
-        super().__init__(timeout=timedelta(minutes=timeout_minutes))
+    def __init__(self, *, compress_gradients: bool = False) -> None:
+        super().__init__()
         self.compress_gradients = compress_gradients
 
     def _register_ddp_hooks(self) -> None:
@@ -48,13 +41,9 @@ class DDP(DDPStrategy):
             self.model.register_comm_hook(None, _send_in_bf16)
 
 
-def _send_in_bf16(state: object, bucket: Any) -> Future[Tensor]:
+def _send_in_bf16(state: object, bucket: dist.GradBucket) -> Future[Tensor]:
     # torch refuses its hook by name where there is no CUDA; gloo sums bf16 too.
     return bf16_compress_hook(None, bucket)  # type: ignore[arg-type]
-
-
-# So that strategy=auto, which is Lightning's "ddp" on several devices, is ours.
-StrategyRegistry.register("ddp", DDP, "DDP with ipa-train's timeout", override=True)
 
 
 class ShardedBase(DDP):
@@ -64,9 +53,6 @@ class ShardedBase(DDP):
     again in the backward. Frozen weights have no gradients, so nothing else is sent for them, and nothing at all
     between nodes. The adapter, and with it optimizer, average and checkpoints, is as under DDP. Blocks move to the
     device one by one, so the denoiser need not fit there whole; every process still reads it into the host's memory.
-
-    Raises:
-        ConfigError: as for :class:`DDP`.
     """
 
     def model_to_device(self) -> None:

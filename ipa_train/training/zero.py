@@ -1,7 +1,6 @@
 """DeepSpeed's ZeRO, stages 1 and 2, with the checkpoints that all other strategies have."""
 
 from collections.abc import Mapping
-from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,25 +21,21 @@ class ZeRO(DeepSpeedStrategy):
 
     Args:
         stage: 1 or 2.
-        timeout_minutes: how long a process waits for the others before it gives up.
 
     Raises:
-        ConfigError: another stage, no time to wait, or no DeepSpeed.
+        ConfigError: another stage, or no DeepSpeed.
     """
 
-    def __init__(self, *, stage: int = 2, timeout_minutes: float = 10.0) -> None:
+    def __init__(self, *, stage: int = 2) -> None:
         if stage not in (1, 2):
             raise ConfigError(
                 f"trainer.strategy.stage must be 1 or 2, got {stage}: for a base that does not fit one GPU choose "
                 "trainer=fsdp2."
             )
-        if timeout_minutes <= 0:
-            raise ConfigError(f"trainer.strategy.timeout_minutes must be above 0, got {timeout_minutes}.")
         if find_spec("deepspeed") is None:
             raise ConfigError("trainer=deepspeed needs the package 'deepspeed': pip install 'ipa-train[deepspeed]'.")
         super().__init__(
             stage=stage,
-            timeout=timedelta(minutes=timeout_minutes),
             precision_plugin=_AsItIs("32-true"),
             logging_batch_size_per_gpu=1,  # of DeepSpeed's own log; ours counts images
         )

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 
@@ -66,28 +67,43 @@ def train_command(tiny_models, shards, tmp_path):
     return command
 
 
+@pytest.fixture(autouse=True)
+def no_process_left():
+    """End what a failed test has left running."""
+    yield
+    for process in multiprocessing.active_children():
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+
+
 def forked(arguments, **environment):
-    """Start `ipa` in a fork of this process, which has imported everything already."""
+    """Start `ipa` as a process of its own: a fork of this one, which has imported everything already."""
 
     def run():
+        os.setpgid(0, 0)
         os.environ.update(environment)
-        sys.exit(main(arguments))
+        sys.argv = ["ipa", *arguments]
+        sys.exit(main())
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     return process
 
 
-def forked_ranks(arguments, world_size):
-    """Run `ipa` as so many processes of one run, as torchrun does, until all have ended well."""
+def forked_ranks(arguments, world_size=2):
+    """Start so many ranks of one run, as torchrun does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    common |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
-    common |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+        port = str(probe.getsockname()[1])
+    shared = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": "0"}
+    shared |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     arguments = [*arguments, f"trainer.devices={world_size}"]
-    ranks = [forked(arguments, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(world_size)]
-    for process in ranks:
+    return [forked(arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world_size)]
+
+
+def run_ranks(arguments, world_size=2):
+    """Run so many ranks of one run until all have ended well."""
+    for process in forked_ranks(arguments, world_size):
         process.join(timeout=240)
         assert process.exitcode == 0
 

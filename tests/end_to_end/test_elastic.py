@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from ipa_train.cli.main import main
-from tests.end_to_end.conftest import forked_ranks, loss_curve
+from tests.end_to_end.conftest import loss_curve, run_ranks
 from tests.end_to_end.recorder import recorded
 
 STARTS = ((4, 2), (2, 5), (3, 7))
@@ -34,7 +34,7 @@ def test_4_ranks_then_2_then_3_are_one_run(command, tmp_path):
     last = STARTS[-1][1]
     assert main(command("alone", last)) == 0
     for world_size, steps in STARTS:
-        forked_ranks(command("elastic", steps), world_size)
+        run_ranks(command("elastic", steps), world_size)
 
     seen = recorded(tmp_path / "seen" / "elastic")
     assert list(itertools.chain(*(sorted(seen[step]) for step in range(1, last + 1)))) == list(range(12 * last))

@@ -5,7 +5,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ipa_train.cli.main import main
-from tests.end_to_end.conftest import forked_ranks, loss_curve
+from tests.end_to_end.conftest import loss_curve, run_ranks
 
 FLUX = ["experiment=flux_linear", "base.max_t5_tokens=32", "acceleration.checkpointing=full"]
 
@@ -25,7 +25,7 @@ def flux_command(train_command, tiny_flux):
 def test_a_sharded_flux_trains_draws_and_goes_on_replicated(flux_command, tmp_path):
     """Sample grids are drawn too, for which all ranks must be there."""
     grid = ["callbacks.sample_grid.every_steps=2", "callbacks.sample_grid.num_inference_steps=1"]
-    forked_ranks(["train", *flux_command("sharded", "fsdp2", "trainer.max_steps=2", *grid)], 2)
+    run_ranks(["train", *flux_command("sharded", "fsdp2", "trainer.max_steps=2", *grid)], 2)
     assert main(["train", *flux_command("sharded", "default", "trainer.devices=1", "trainer.max_steps=3", *grid)]) == 0
     assert main(["train", *flux_command("alone", "default", "trainer.devices=1", "trainer.max_steps=3", *grid)]) == 0
     losses = loss_curve(tmp_path / "sharded")
@@ -49,7 +49,6 @@ def test_a_sharded_flux_trains_draws_and_goes_on_replicated(flux_command, tmp_pa
         ("trainer=fsdp2 trainer.devices=2", "the forward of StableDiffusionPipeline joins weights"),
         ("trainer=deepspeed", "trainer=deepspeed needs CUDA GPUs, and this run has none"),
         ("trainer=deepspeed trainer.strategy.stage=3", "trainer.strategy.stage must be 1 or 2, got 3"),
-        ("trainer=ddp trainer.strategy.timeout_minutes=0", "timeout_minutes must be above 0, got 0"),
         ("trainer=default trainer.strategy=deepspeed", "DeepSpeedStrategy has checkpoints of its own"),
     ],
 )

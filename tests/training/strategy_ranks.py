@@ -3,9 +3,9 @@
 import json
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -13,8 +13,9 @@ from lightning.pytorch.strategies import deepspeed as lightning_deepspeed
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from ipa_train.adapter import LinearProjector
-from ipa_train.bases import Flux
+from ipa_train.acceleration import Acceleration
+from ipa_train.adapter import LinearProjector, TimeResampler
+from ipa_train.bases import Flux, StableDiffusion3
 from ipa_train.conditioning import CLIPImageEncoder, ConditionDropout
 from ipa_train.diffusion import Objective, UniformTimesteps
 from ipa_train.runtime.distributed import rank
@@ -30,11 +31,11 @@ from tests.training.conftest import make_batch
 from tests.training.toy import FUSED_ADAMW, Images, ToyTraining, make_trainer
 
 
-def real_module(base, image_encoder):
+def real_module(base, image_encoder, projector):
     return AdapterTraining(
-        base=Flux.from_pretrained(base, dtype="float32", max_t5_tokens=32),
+        base=base(),
         image_encoder=CLIPImageEncoder.from_pretrained(image_encoder, dtype="float32"),
-        projector=partial(LinearProjector),
+        projector=projector,
         objective=partial(Objective),
         optimizer=partial(FUSED_ADAMW, lr=1e-3),
         timesteps=UniformTimesteps(),
@@ -48,6 +49,8 @@ class CPUZeRO(ZeRO):
     """DeepSpeed on CPUs, which Lightning would refuse."""
 
     def setup_environment(self):
+        import deepspeed
+
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled here
         lightning_deepspeed._validate_device_index_selection = lambda devices: None
         super(DeepSpeedStrategy, self).setup_environment()
@@ -64,8 +67,8 @@ def fit(strategy, folder, max_steps, module, *, resume=None):
     """Train up to ``max_steps``, and on from the checkpoint ``resume``; return the last checkpoint."""
     first = int(resume.name.removeprefix("step-")) if resume else 0
     batches = [make_batch([4 * i + 2 * rank(), 4 * i + 2 * rank() + 1]) for i in range(first, max_steps)]
-    callbacks = [GradientGuard(), MetricLogging(progress=False), Checkpointing(folder=str(folder))]
-    options = {"devices": 2, "strategy": strategy, "log_every_n_steps": 1, "gradient_clip_val": 0.1}
+    callbacks = [GradientGuard(), MetricLogging(progress=False), Checkpointing(folder=str(folder), every_steps=2)]
+    options = {"devices": 2, "strategy": strategy, "log_every_n_steps": 2, "gradient_clip_val": 0.1}
     trainer = make_trainer(max_steps, callbacks, **options)
     trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=resume)
     return folder / f"step-{max_steps:08d}"
@@ -80,6 +83,14 @@ def sharding(root, make, saw):
     saw["share"] = sum(held) / sum(weight.numel() for weight in module.base.denoiser.parameters())
     fit(ShardedBase(), root / "sharded_sharded", 4, make(), resume=half)
     fit(DDP(), root / "sharded_ddp", 4, make(), resume=half)
+
+
+def recomputing(root, make):
+    """An SD 3 that is shared out and recomputes its blocks, beside one that does neither."""
+    fit(DDP(), root / "sd3_ddp", 2, make())
+    module = make()
+    Acceleration(checkpointing="full").apply(module.base)
+    fit(ShardedBase(), root / "sd3_sharded", 2, module)
 
 
 def zero(root, make):
@@ -111,13 +122,19 @@ def compression(saw):
 
 
 def main():
-    root, saw = Path(sys.argv[1]), {"rank": rank()}
+    root, flux, image_encoder, sd3 = map(Path, sys.argv[1:])
+    saw = {"rank": rank()}
     compression(saw)
-    make = partial(real_module, *sys.argv[2:])
+    base = partial(Flux.from_pretrained, str(flux), dtype="float32", max_t5_tokens=32)
+    make = partial(real_module, base, image_encoder, partial(LinearProjector))
     fit(DDP(), root / "ddp", 4, make())
     sharding(root, make, saw)
-    zero(root, make)
-    poisoned(saw)
+    base = partial(StableDiffusion3.from_pretrained, str(sd3), dtype="float32")
+    projector = partial(TimeResampler, num_tokens=8, dim=64, heads=1)
+    recomputing(root, partial(real_module, base, image_encoder, projector))
+    if find_spec("deepspeed") is not None:
+        zero(root, make)
+        poisoned(saw)
     sys.stdout.write("SAW " + json.dumps(saw) + "\n")
     dist.destroy_process_group()
 
