@@ -63,6 +63,16 @@ class ZeRO(DeepSpeedStrategy):
                 f"{type(optimizer).__name__}: choose optimizer=adamw."
             )
 
+    def setup(self, trainer: Trainer) -> None:
+        """Have DeepSpeed send no weights at the start: every process has read or drawn the same.
+
+        It would send the frozen ones too, and can send none that lie in channels_last.
+        """
+        assert self.lightning_module is not None
+        for weight in self.lightning_module.parameters():
+            weight.ds_optim_param = True  # its mark for weights that it leaves to each process
+        super().setup(trainer)
+
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Through the checkpoint folders of all strategies, as rank 0 writes them."""
         super(DeepSpeedStrategy, self).save_checkpoint(*args, **kwargs)

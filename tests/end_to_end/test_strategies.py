@@ -1,6 +1,11 @@
 """Strategies of several devices through the command, and those that a run cannot have."""
 
+import subprocess
+import sys
+from importlib.util import find_spec
+
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -8,6 +13,8 @@ from ipa_train.cli.main import main
 from tests.end_to_end.conftest import loss_curve, run_ranks
 
 FLUX = ["experiment=flux_linear", "base.max_t5_tokens=32", "acceleration.checkpointing=full"]
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the package deepspeed")
 
 
 @pytest.fixture
@@ -64,3 +71,31 @@ def test_sharding_is_refused_with_what_holds_on_to_weights(flux_command, capfd):
     options = ["trainer.devices=2", "base.dtype=bfloat16", "acceleration.float8=true"]
     assert main(["check", *flux_command("bad", "fsdp2", *options)]) == 2
     assert "acceleration.float8=True does not go with trainer=fsdp2" in capfd.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("trainer", "devices"),
+    [
+        pytest.param("deepspeed trainer.strategy.stage=1", 1, marks=needs_deepspeed),
+        pytest.param("deepspeed trainer.strategy.stage=2", 1, marks=needs_deepspeed),
+        ("ddp trainer.strategy.compress_gradients=true", 2),
+        ("fsdp2", 2),
+    ],
+)
+def test_on_gpus_it_is_the_training_of_one(trainer, devices, flux_command, tmp_path):
+    """Two steps under the strategy and one more without; with the rounding of GPUs and of gradients in bf16."""
+    if torch.cuda.device_count() < devices:
+        pytest.skip(f"needs CUDA devices: {devices}")
+
+    def train(name, trainer, devices, max_steps):
+        options = ["trainer.accelerator=gpu", f"trainer.devices={devices}", f"trainer.max_steps={max_steps}"]
+        command = flux_command(name, *trainer.split(), *options)
+        subprocess.run([sys.executable, "-m", "ipa_train.cli.main", "train", *command], check=True, timeout=600)
+
+    train("shared", trainer, devices, 2)
+    for name in ("shared", "alone"):
+        train(name, "default", 1, 3)
+    losses = loss_curve(tmp_path / "shared")
+    for step, loss in loss_curve(tmp_path / "alone").items():
+        assert float(losses[step]) == pytest.approx(float(loss), rel=1e-2)

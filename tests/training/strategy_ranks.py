@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from ipa_train.acceleration import Acceleration
 from ipa_train.adapter import LinearProjector, TimeResampler
-from ipa_train.bases import Flux, StableDiffusion3
+from ipa_train.bases import Flux, StableDiffusion, StableDiffusion3
 from ipa_train.conditioning import CLIPImageEncoder, ConditionDropout
 from ipa_train.diffusion import Objective, UniformTimesteps
 from ipa_train.runtime.distributed import rank
@@ -31,7 +31,7 @@ from tests.training.conftest import make_batch
 from tests.training.toy import FUSED_ADAMW, Images, ToyTraining, make_trainer
 
 
-def real_module(base, image_encoder, projector):
+def real_module(base, image_encoder, projector, **options):
     return AdapterTraining(
         base=base(),
         image_encoder=CLIPImageEncoder.from_pretrained(image_encoder, dtype="float32"),
@@ -42,6 +42,7 @@ def real_module(base, image_encoder, projector):
         dropout=ConditionDropout(),
         lr_schedule=LRSchedule(),
         ema=AdapterEMA(),
+        **options,
     )
 
 
@@ -122,7 +123,7 @@ def compression(saw):
 
 
 def main():
-    root, flux, image_encoder, sd3 = map(Path, sys.argv[1:])
+    root, flux, image_encoder, sd3, sd15 = map(Path, sys.argv[1:])
     saw = {"rank": rank()}
     compression(saw)
     base = partial(Flux.from_pretrained, str(flux), dtype="float32", max_t5_tokens=32)
@@ -135,6 +136,10 @@ def main():
     if find_spec("deepspeed") is not None:
         zero(root, make)
         poisoned(saw)
+        base = partial(StableDiffusion.from_pretrained, str(sd15), dtype="float32")
+        make = partial(real_module, base, image_encoder, partial(LinearProjector), train_denoiser=True)
+        fit(DDP(), root / "finetune_ddp", 2, make())
+        fit(CPUZeRO(stage=2), root / "finetune_zero2", 2, make())
     sys.stdout.write("SAW " + json.dumps(saw) + "\n")
     dist.destroy_process_group()
 
