@@ -65,10 +65,13 @@ def test_whatever_the_strategy_training_and_checkpoints_are_the_same(two_ranks, 
 
 
 def assert_close(tensors, expected):
-    """Sums in another order are some 1e-7 apart in fp32."""
+    """Sums in another order are some 1e-7 apart in fp32, and Adam divides small gradients by their size.
+
+    A step moves weights by 1e-2 of theirs.
+    """
     assert tensors.keys() == expected.keys()
     for key, x in expected.items():
-        assert (tensors[key] - x).norm() < 1e-5 * x.norm() + 1e-8, key
+        assert (tensors[key] - x).norm() < 1e-4 * x.norm() + 1e-8, key
 
 
 @needs_deepspeed
