@@ -48,7 +48,7 @@ class GradientGuard(Callback):
     A fused Adam or AdamW skips by itself, on the device, and the host learns of it at the end of the log interval, or
     where training ends before: then every skipped step is reported with the ranks and samples whose loss was not
     finite, and after ``max_in_a_row`` of them TrainingError is raised, which names the last. Any other optimizer has
-    no such skip: there the host waits for the norm at every step.
+    no such skip: there the host waits for the norm at every step. DeepSpeed skips by itself, and waits as well.
     """
 
     def __init__(self, *, max_in_a_row: int = 10) -> None:
