@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.reporting import facts, finish, parser, table
-from benchmarks.sizes import CLIP_L_TEXT, SD15_UNET, VAE
+from benchmarks.sizes import CLIP_L_TEXT, SD15_UNET, VAE, noise_schedule
 from ipa_train.adapter import LinearProjector
 from ipa_train.bases import StableDiffusion
 from ipa_train.bases.tiny import tiny_tokenizer
@@ -74,7 +74,7 @@ def make_module(case: Case, device: str) -> AdapterTraining:
                 vae=FrozenVAE(vae),
                 text_encoder=text_encoder,
                 tokenizer=tiny_tokenizer(),
-                scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+                scheduler=noise_schedule(),
             ),
             image_encoder=StoredEmbeddings(dim=1024),
             projector=partial(LinearProjector),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.reporting import cpu_seconds
 from benchmarks.scaling_model import fill_buckets
-from benchmarks.sizes import SD15_UNET
+from benchmarks.sizes import SD15_UNET, noise_schedule
 from ipa_train.adapter import LinearProjector
 from ipa_train.bases import StableDiffusion
 from ipa_train.bases.tiny import randomise, tiny_tokenizer, tiny_vae
@@ -62,7 +62,7 @@ def small_training(width: int) -> AdapterTraining:
         vae=FrozenVAE(tiny_vae()),
         text_encoder=randomise(CLIPTextModel(text), seed=1).bfloat16(),
         tokenizer=tiny_tokenizer(),
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
+        scheduler=noise_schedule(),
     )
     return AdapterTraining(
         base=base,

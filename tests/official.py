@@ -5,35 +5,17 @@ from dataclasses import replace
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
+from benchmarks.sizes import SD15_UNET, SD35_MEDIUM, SDXL_UNET
 from ipa_train.bases.adapter_sites import BASELINES
 from ipa_train.bases.flux import flux_attention_sites
 from ipa_train.bases.sd3 import sd3_attention_sites
 from ipa_train.bases.unet import unet_attention_sites, unet_low_rank_sites
 
-SD15_UNET = {
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "block_out_channels": (320, 640, 1280, 1280),
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-}
 SD21_UNET = {
     **SD15_UNET,
     "attention_head_dim": (5, 10, 20, 20),
     "use_linear_projection": True,
     "cross_attention_dim": 1024,
-}
-SDXL_UNET = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "cross_attention_dim": 2048,
 }
 SD35_LARGE = {
     "num_layers": 38,
@@ -41,14 +23,6 @@ SD35_LARGE = {
     "caption_projection_dim": 2432,
     "pos_embed_max_size": 192,
     "qk_norm": "rms_norm",
-}
-SD35_MEDIUM = {
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 384,
-    "qk_norm": "rms_norm",
-    "dual_attention_layers": tuple(range(13)),
 }
 VIT_H = {"pooled": 1024, "penultimate": 1280}
 BIG_G = {"pooled": 1280, "penultimate": 1664}
