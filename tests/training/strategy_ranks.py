@@ -30,6 +30,8 @@ from ipa_train.training.zero import ZeRO
 from tests.training.conftest import make_batch
 from tests.training.toy import FUSED_ADAMW, Images, ToyTraining, make_trainer
 
+LEARNING_RATE = 1e-3
+
 
 def real_module(base, image_encoder, projector, **options):
     return AdapterTraining(
@@ -37,7 +39,7 @@ def real_module(base, image_encoder, projector, **options):
         image_encoder=CLIPImageEncoder.from_pretrained(image_encoder, dtype="float32"),
         projector=projector,
         objective=partial(Objective),
-        optimizer=partial(FUSED_ADAMW, lr=1e-3),
+        optimizer=partial(FUSED_ADAMW, lr=LEARNING_RATE),
         timesteps=UniformTimesteps(),
         dropout=ConditionDropout(),
         lr_schedule=LRSchedule(),

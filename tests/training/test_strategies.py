@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from ipa_train.bases.tiny import tiny_pipeline
 from tests.training.ranks import run_ranks
+from tests.training.strategy_ranks import LEARNING_RATE
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the package deepspeed")
 
@@ -54,24 +55,19 @@ def test_whatever_the_strategy_training_and_checkpoints_are_the_same(two_ranks, 
             {key: w for key, w in load_file(path / name).items() if not key.endswith("to_k_ip.bias")}
             for path in (ours, ddp)
         )
-        assert_close(weights, expected)
+        assert weights.keys() == expected.keys()
+        for key, weight in weights.items():
+            # To a hundredth of a step of Adam, which makes much of what rounding does to small gradients.
+            assert (weight - expected[key]).norm() < 0.01 * LEARNING_RATE * weight.numel() ** 0.5, key
     state, expected = (torch.load(path / "state.pt", weights_only=True)["optimizer_states"] for path in (ours, ddp))
     assert state[0]["param_groups"] == expected[0]["param_groups"]
     moments, expected = (
         {f"{number}.{key}": x for number, of in s[0]["state"].items() for key, x in of.items()}
         for s in (state, expected)
     )
-    assert_close(moments, expected)
-
-
-def assert_close(tensors, expected):
-    """Sums in another order are some 1e-7 apart in fp32, and Adam divides small gradients by their size.
-
-    A step moves weights by 1e-2 of theirs.
-    """
-    assert tensors.keys() == expected.keys()
+    assert moments.keys() == expected.keys()
     for key, x in expected.items():
-        assert (tensors[key] - x).norm() < 1e-4 * x.norm() + 1e-8, key
+        assert (moments[key] - x).norm() < 1e-4 * x.norm() + 1e-8, key
 
 
 @needs_deepspeed
