@@ -133,6 +133,11 @@ class Base(nn.Module, ABC):
     def denoiser(self) -> nn.Module:
         """The model that ``predict`` runs."""
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The denoiser's blocks where ``predict`` calls each as a module, and reads its weights nowhere else."""
+        return ()
+
     @abstractmethod
     def wrap_blocks(self, wrap: Callable[[Block], Block]) -> None:
         """Let ``predict`` run ``wrap(block)`` in place of each block that the denoiser repeats.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from jaxtyping import Float, Num
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from ipa_train.adapter.flux_attention import FluxImageAttention
@@ -180,9 +180,14 @@ class Flux(Base):
         """The transformer."""
         return self.transformer
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The double-stream and the single-stream ones."""
+        return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
+
     def wrap_blocks(self, wrap: Callable[[Block], Block]) -> None:
         """The transformer blocks."""
-        for block in [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]:
+        for block in self.blocks:
             block.forward = wrap(block.forward)
 
     def predict(

@@ -15,7 +15,7 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from jaxtyping import Float, Num
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
 
 from ipa_train.adapter.joint_attention import JointImageAttention
@@ -218,9 +218,14 @@ class StableDiffusion3(Base):
         """The transformer."""
         return self.transformer
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks."""
+        return list(self.transformer.transformer_blocks)
+
     def wrap_blocks(self, wrap: Callable[[Block], Block]) -> None:
         """The transformer blocks."""
-        for block in self.transformer.transformer_blocks:
+        for block in self.blocks:
             block.forward = wrap(block.forward)
 
     def predict(

@@ -17,6 +17,7 @@ from ipa_train.export.warm_start import init_from
 from ipa_train.runtime.distributed import rank
 from ipa_train.training.checkpoint import AdapterCheckpointIO
 from ipa_train.training.module import AdapterTraining
+from ipa_train.training.strategies import require_fitting
 
 
 def build_module(config: DictConfig) -> AdapterTraining:
@@ -83,11 +84,14 @@ def build_data(config: DictConfig, module: AdapterTraining) -> StreamingDataModu
     return data
 
 
-def build_trainer(config: DictConfig, data: StreamingDataModule) -> lightning.Trainer:
-    """Make the trainer and its callbacks, without loggers.
+def build_trainer(
+    config: DictConfig, module: AdapterTraining, data: StreamingDataModule, *, is_here: bool = True
+) -> lightning.Trainer:
+    """Make the trainer and its callbacks, without loggers; ``is_here``: for this machine, and not for one elsewhere.
 
     Raises:
-        ConfigError: the global batch does not divide among the processes and micro-batches.
+        ConfigError: the global batch does not divide among the processes and micro-batches, or the strategy does not
+            go with the base, the machine or other options.
     """
     for option in ("log_every_n_steps", "gradient_clip_val"):
         value = config.trainer[option]
@@ -107,6 +111,7 @@ def build_trainer(config: DictConfig, data: StreamingDataModule) -> lightning.Tr
         default_root_dir=config.run.path,
     )
     trainer.accumulate_grad_batches = data.accumulate_grad_batches(trainer.world_size)
+    require_fitting(trainer, module, instantiate(config.acceleration), is_here=is_here)
     return trainer
 
 

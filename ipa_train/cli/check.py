@@ -61,12 +61,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         for line in _describe_stream(data):
             _say("shards", line)
-    trainer = build_trainer(config, data)
+    trainer = build_trainer(config, module, data, is_here=args.gpu is None)
     if args.gpus is not None and args.gpus < 1:
         raise ConfigError(f"--gpus must be at least 1, got {args.gpus}.")
-    world_size = args.gpus or trainer.world_size
-    plan = plan_of_run(data, world_size)
-    _say("batch", f"{world_size} processes x {plan.num_micro_batches} micro-batches x {plan.batch_size} samples")
+    plan = plan_of_run(data, trainer, args.gpus)
+    _say("batch", f"{plan.world_size} processes x {plan.num_micro_batches} micro-batches x {plan.batch_size} samples")
     _require_good_samples(data)
     device = device_of_run(config, args.gpu)
     # One sample is enough to try a step by, where its time says nothing of the run.
@@ -76,7 +75,11 @@ def run(args: argparse.Namespace) -> int:
     found = forecast_memory(module, batch, plan)
     for line in describe_memory(module, batch, plan, device, found):
         _say("memory", line)
-    seconds = _run_one_batch(config, module, batch, times=2 if device.is_here else 1)
+    seconds = None
+    if plan.base_shards > 1:
+        _say("step", f"not tried: one process may not hold what {plan.base_shards} share")
+    else:
+        seconds = _run_one_batch(config, module, batch, times=2 if device.is_here else 1)
     for line in describe_time(found, plan, device, trainer.max_steps, seconds if device.is_here else None):
         _say("time", line)
     if module.adapter.unexportable is not None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from lightning import Trainer
 from omegaconf import DictConfig
 
 from ipa_train.acceleration import Acceleration
@@ -15,6 +16,7 @@ from ipa_train.errors import ConfigError
 from ipa_train.runtime.gpus import find_gpu, named_gpu
 from ipa_train.training.forecast import ASSUMED_UTILISATION, RESERVE_GIB, Forecast, forecast, largest_batch_size
 from ipa_train.training.module import AdapterTraining
+from ipa_train.training.strategies import base_shards
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,29 @@ class Plan:
     num_micro_batches: int
     batch_size: int
     """Samples of a micro-batch on one device."""
+    base_shards: int = 1
+    """Among how many devices the denoiser is shared out."""
 
     @property
     def global_batch_size(self) -> int:
         """Samples of a step."""
         return self.world_size * self.num_micro_batches * self.batch_size
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What a forecast takes of it."""
+        return {
+            "world_size": self.world_size,
+            "num_micro_batches": self.num_micro_batches,
+            "base_shards": self.base_shards,
+        }
 
-def plan_of_run(data: StreamingDataModule, world_size: int) -> Plan:
-    """How ``world_size`` processes share out the global batch."""
+
+def plan_of_run(data: StreamingDataModule, trainer: Trainer, num_processes: int | None = None) -> Plan:
+    """How the trainer's processes, or so many elsewhere, share out the global batch."""
+    world_size = num_processes or trainer.world_size
     accumulate = data.accumulate_grad_batches(world_size)
-    return Plan(world_size, accumulate, data.global_batch_size // world_size // accumulate)
+    return Plan(world_size, accumulate, data.global_batch_size // world_size // accumulate, base_shards(trainer))
 
 
 def choose_checkpointing(
@@ -92,7 +106,7 @@ def choose_checkpointing(
 def forecast_memory(module: AdapterTraining, batch: Batch, plan: Plan) -> Forecast:
     """Forecast the run, from a batch of its shapes with any number of samples."""
     blank = batch.blank(plan.batch_size)
-    return forecast(module, blank, world_size=plan.world_size, num_micro_batches=plan.num_micro_batches)
+    return forecast(module, blank, **plan.options)
 
 
 def describe_memory(
@@ -105,8 +119,7 @@ def describe_memory(
     """
     parts = ", ".join(f"{name} {gib:.2f}" for name, gib in found.memory_gib.items())
     yield f"{found.peak_gib:.2f} GiB for each device: {parts}"
-    options = {"world_size": plan.world_size, "num_micro_batches": plan.num_micro_batches}
-    largest = largest_batch_size(module, batch, device.room_gib, **options)
+    largest = largest_batch_size(module, batch, device.room_gib, **plan.options)
     if found.peak_gib > device.room_gib:
         share = plan.num_micro_batches * plan.batch_size
         fitting = max((size for size in range(1, largest + 1) if share % size == 0), default=0)

@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
 
     module = build_module(config)
     data = build_data(config, module)
-    trainer = build_trainer(config, data)
-    plan, device = plan_of_run(data, trainer.world_size), device_of_run(config, gpu=None)
+    trainer = build_trainer(config, module, data)
+    plan, device = plan_of_run(data, trainer), device_of_run(config, gpu=None)
     if (policy := choose_checkpointing(config, module, data, plan, device)) not in (None, "none") and rank() == 0:
         _log.info("acceleration.checkpointing=auto is %s on %s", policy, device.name)
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))

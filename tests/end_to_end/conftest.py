@@ -125,15 +125,22 @@ def forked(arguments, **environment):
     return process
 
 
-def forked_ranks(arguments):
-    """Start two ranks of one run, as torchrun does."""
+def forked_ranks(arguments, world_size=2):
+    """Start so many ranks of one run, as torchrun does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     shared = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": "0"}
-    shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    options = ("trainer.devices=2", "trainer.strategy=ddp")
-    return [forked([*arguments, *options], **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    shared |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    arguments = [*arguments, f"trainer.devices={world_size}"]
+    return [forked(arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world_size)]
+
+
+def run_ranks(arguments, world_size=2):
+    """Run so many ranks of one run until all have ended well."""
+    for process in forked_ranks(arguments, world_size):
+        process.join(timeout=240)
+        assert process.exitcode == 0
 
 
 def loss_curve(run):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks import memory
+from benchmarks import memory, sizes
 from ipa_train.acceleration import Acceleration
 from ipa_train.adapter import LinearProjector, TimeResampler
 from ipa_train.bases import StableDiffusion3, StableDiffusionXL
@@ -19,6 +19,7 @@ from ipa_train.training.csv_log import CSVLog
 from ipa_train.training.ema import AdapterEMA
 from ipa_train.training.forecast import RESERVE_GIB, forecast, largest_batch_size, rehearse
 from ipa_train.training.forecast.flops import FlopCounter
+from ipa_train.training.forecast.forecast import bytes_elsewhere
 from ipa_train.training.forecast.memory import MemoryMeter
 from ipa_train.training.throughput import Arithmetic
 from tests.official import official_denoiser
@@ -160,6 +161,24 @@ def test_the_largest_batch_fits_and_the_next_does_not(make_module):
     needed = {size: forecast(module, batch.blank(size)).peak_gib for size in (1, 11, 12)}
     assert largest_batch_size(module, batch, (needed[11] + needed[12]) / 2) == 11
     assert largest_batch_size(module, batch, needed[1] * 0.99) == 0
+
+
+def test_a_device_holds_its_part_of_a_shared_out_flux_and_two_blocks():
+    with torch.device("meta"):
+        base = sizes.SIZES["flux"].base().to(torch.bfloat16)
+    gib = {shards: 11.9 * 2 / 1.024**3 - bytes_elsewhere(base, shards) / 2**30 for shards in (1, 2, 8)}
+    assert gib[1] == pytest.approx(22.2, abs=0.1)
+    # Its largest blocks have 340 million parameters.
+    assert gib[2] == pytest.approx(22.2 / 2 + 2 * 0.63, abs=0.2)
+    assert gib[8] == pytest.approx(22.2 / 8 + 2 * 0.63, abs=0.2)
+
+
+def test_what_is_elsewhere_is_not_needed_here(make_module, flux):
+    module, batch = make_module(base=flux), make_batch(range(1))
+    whole, shared = (forecast(module, batch, base_shards=shards) for shards in (1, 64))
+    saved = (whole.rehearsal.peak_bytes - shared.rehearsal.peak_bytes,) * 2
+    assert saved == (bytes_elsewhere(flux, 64), whole.rehearsal.frozen_bytes - shared.rehearsal.frozen_bytes)
+    assert saved[0] > 0
 
 
 def test_the_log_says_how_much_arithmetic_is_done(make_module, tmp_path):

@@ -1,15 +1,11 @@
 import csv
-import json
-import os
 import re
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from ipa_train.training.callbacks.gradient_guard import GradientGuard
+from tests.training.ranks import run_ranks
 from tests.training.toy import Images, ToyTraining, make_trainer
 
 
@@ -17,31 +13,7 @@ from tests.training.toy import Images, ToyTraining, make_trainer
 def two_ranks(tmp_path_factory, tiny_models):
     """The folder of the run, and what each of two gloo processes saw."""
     root = tmp_path_factory.mktemp("two_ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        env = os.environ | {
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "TORCHELASTIC_RUN_ID": "test",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
-        }
-        command = [sys.executable, str(Path(__file__).with_name("two_ranks.py")), str(root), *map(str, tiny_models)]
-        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    saw = []
-    for process in processes:
-        output, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
-        line = next(line for line in output.splitlines() if line.startswith("SAW "))
-        saw.append(json.loads(line.removeprefix("SAW ")) | {"stderr": errors})
-    return root, saw
+    return root, run_ranks("two_ranks.py", root, *tiny_models)
 
 
 def alone(max_steps, poison=()):

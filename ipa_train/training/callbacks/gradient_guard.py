@@ -16,6 +16,7 @@ from ipa_train.data.batch import Batch
 from ipa_train.errors import ConfigError, TrainingError
 from ipa_train.runtime.distributed import gather_objects, rank
 from ipa_train.training.metrics import RunningMeans, ends_interval
+from ipa_train.training.zero import gradient_norm, shares_gradients
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class GradientGuard(Callback):
     A fused Adam or AdamW skips by itself, on the device, and the host learns of it at the end of the log interval, or
     where training ends before: then every skipped step is reported with the ranks and samples whose loss was not
     finite, and after ``max_in_a_row`` of them TrainingError is raised, which names the last. Any other optimizer has
-    no such skip: there the host waits for the norm at every step.
+    no such skip: there the host waits for the norm at every step. DeepSpeed skips by itself, and waits as well.
     """
 
     def __init__(self, *, max_in_a_row: int = 10) -> None:
@@ -61,11 +62,10 @@ class GradientGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure the norm; see to it that gradients that are not finite change nothing."""
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._norm = norm = torch.nn.utils.get_total_norm(gradients)
+        self._norm = norm = gradient_norm(optimizer)
         if _skips_by_itself(optimizer):
             optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-        elif not math.isfinite(norm.item()):
+        elif not shares_gradients(optimizer) and not math.isfinite(norm.item()):
             # A parameter without a gradient is passed over by the optimizer: no decay, no change of its moments.
             optimizer.zero_grad(set_to_none=True)
         metrics = cast(RunningMeans, pl_module.metrics)

@@ -13,13 +13,15 @@ from ipa_train.errors import ConfigError
 from ipa_train.eval.generate import generate, grid, to_pil
 from ipa_train.runtime.files import atomic_write
 from ipa_train.runtime.watchdog import unwatched
+from ipa_train.training.strategies import base_shards
 
 
 class SampleGrid(Callback):
     """Every ``every_steps`` optimizer steps write ``folder/step-N.png``, and show it in wandb where that is a logger.
 
     The image prompts are the first ``num_images`` samples of the stream, always the same, with fixed seeds; averaged
-    weights are used where there is an average. Rank 0 draws while the others wait. 0 steps turns it off.
+    weights are used where there is an average. Rank 0 draws while the others wait, or help where each has a part of the
+    base. 0 steps turns it off.
     """
 
     def __init__(
@@ -47,9 +49,11 @@ class SampleGrid(Callback):
         if not self.every_steps or step == self._drawn_step or step % self.every_steps:
             return
         self._drawn_step = step
-        if trainer.is_global_zero:
-            with unwatched():
-                self._show(trainer, self._draw(trainer, pl_module), step)
+        with unwatched():
+            if trainer.is_global_zero or base_shards(trainer) > 1:
+                picture = self._draw(trainer, pl_module)
+            if trainer.is_global_zero:
+                self._show(trainer, picture, step)
 
     def _draw(self, trainer: Trainer, module: LightningModule) -> Image.Image:
         batch = trainer.datamodule.first_batch(self.num_images).to(module.device)

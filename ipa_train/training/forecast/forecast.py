@@ -1,11 +1,12 @@
 """What a run will need of each of its devices, and how long it will take."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import nn
 
+from ipa_train.bases import Base
 from ipa_train.data.batch import Batch
 from ipa_train.training.forecast.memory import tensor_bytes
 from ipa_train.training.forecast.rehearsal import Rehearsal, rehearse
@@ -67,14 +68,24 @@ class Forecast:
         return tflops * ASSUMED_UTILISATION / sum(self.tflop_per_image.values())
 
 
-def forecast(module: AdapterTraining, batch: Batch, *, world_size: int = 1, num_micro_batches: int = 1) -> Forecast:
+def forecast(
+    module: AdapterTraining, batch: Batch, *, world_size: int = 1, num_micro_batches: int = 1, base_shards: int = 1
+) -> Forecast:
     """Forecast a run of ``world_size`` devices whose steps are of ``num_micro_batches`` such batches on each.
 
-    Takes about a second, and neither memory nor a device: see :func:`rehearse`.
+    ``base_shards``: among how many of them the denoiser is shared out (``strategies.ShardedBase``). Takes about a
+    second, and neither memory nor a device: see :func:`rehearse`.
     """
     parameters = list(module.parameters())
     num_trained = sum(p.numel() for p in parameters if p.requires_grad)
     rehearsal = rehearse(module, batch, accumulates=num_micro_batches > 1)
+    if base_shards > 1:
+        elsewhere = bytes_elsewhere(module.base, base_shards)
+        rehearsal = replace(
+            rehearsal,
+            frozen_bytes=rehearsal.frozen_bytes - elsewhere,
+            peak_bytes=rehearsal.peak_bytes - elsewhere,
+        )
     copies = (module.ema is not None) + (world_size > 1)
     return Forecast(
         batch_size=len(batch),
@@ -85,15 +96,15 @@ def forecast(module: AdapterTraining, batch: Batch, *, world_size: int = 1, num_
     )
 
 
-def largest_batch_size(
-    module: AdapterTraining, batch: Batch, memory_gib: float, *, world_size: int = 1, num_micro_batches: int = 1
-) -> int:
-    """The largest micro-batch of samples like those of ``batch`` that ``memory_gib`` hold; 0 if not even one fits."""
+def largest_batch_size(module: AdapterTraining, batch: Batch, memory_gib: float, **plan: int) -> int:
+    """The largest micro-batch of samples like those of ``batch`` that ``memory_gib`` hold; 0 if not even one fits.
+
+    ``plan`` is :func:`forecast`'s.
+    """
 
     @cache
     def peak_gib(size: int) -> float:
-        blank = batch.blank(size)
-        return forecast(module, blank, world_size=world_size, num_micro_batches=num_micro_batches).peak_gib
+        return forecast(module, batch.blank(size), **plan).peak_gib
 
     if peak_gib(1) > memory_gib:
         return 0
@@ -106,6 +117,17 @@ def largest_batch_size(
         if peak_gib(size) > memory_gib or guess <= size:
             return min(guess, size)
         fitting, size = size, guess
+
+
+def bytes_elsewhere(base: Base, num_shards: int) -> int:
+    """What of the denoiser a device does not hold at the highest moment.
+
+    Beside its part it then has two blocks whole, one that runs and the next, and all that is in no block.
+    """
+    of_blocks = [sum(map(tensor_bytes, block.parameters())) for block in base.blocks]
+    whole = sum(map(tensor_bytes, base.denoiser.parameters()))
+    gathered = whole - sum(of_blocks) + 2 * max(of_blocks)
+    return max(0, whole - whole // num_shards - gathered)
 
 
 def _optimizer_bytes_per_parameter(module: AdapterTraining) -> float:

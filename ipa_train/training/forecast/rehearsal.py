@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from ipa_train.data.batch import Batch
@@ -97,9 +99,13 @@ def rehearse(module: AdapterTraining, batch: Batch, *, accumulates: bool = False
 def _without_data(module: AdapterTraining) -> Iterator[None]:
     """Within the block the module's weights and buffers lie on the meta device.
 
-    They are exchanged in place, not in a copy: whatever wraps a block holds the module it was made for.
+    They are exchanged in place, not in a copy: whatever wraps a block holds the module it was made for. Sharded weights
+    are whole there, and nothing gathers them.
     """
-    stores = [store for part in module.modules() for store in (part._parameters, part._buffers)]
+    stores: list[Any] = [store for part in module.modules() for store in (part._parameters, part._buffers)]
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            stores += [part._forward_pre_hooks, part._forward_hooks]  # type: ignore[attr-defined]
     originals = [dict(store) for store in stores]
     twins: dict[int, Tensor] = {}  # weights may be tied
     objective, metrics = module.objective, module.metrics
@@ -109,9 +115,11 @@ def _without_data(module: AdapterTraining) -> Iterator[None]:
     module.metrics = RunningMeans()
     try:
         for store in stores:
-            for name, tensor in store.items():
-                if tensor is not None:
-                    store[name] = twins.setdefault(id(tensor), _twin(tensor))
+            for name, value in list(store.items()):
+                if isinstance(value, Tensor):
+                    store[name] = twins.setdefault(id(value), _twin(value))
+                elif value is not None:
+                    del store[name]
         yield
     finally:
         for store, original in zip(stores, originals, strict=True):
@@ -120,7 +128,10 @@ def _without_data(module: AdapterTraining) -> Iterator[None]:
 
 
 def _twin(tensor: Tensor) -> Tensor:
-    twin = torch.empty_like(tensor, device="meta")
+    if isinstance(tensor, DTensor):
+        twin = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    else:
+        twin = torch.empty_like(tensor, device="meta")
     return nn.Parameter(twin, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
 
 
