@@ -15,6 +15,7 @@ from ipa_train.export.description import describe_adapter
 from ipa_train.export.loadability import require_loadable
 from ipa_train.export.warm_start import init_from
 from ipa_train.runtime.distributed import rank
+from ipa_train.training.callbacks.image_use import ImageUse
 from ipa_train.training.checkpoint import AdapterCheckpointIO
 from ipa_train.training.module import AdapterTraining
 
@@ -99,9 +100,13 @@ def build_trainer(config: DictConfig, data: StreamingDataModule) -> lightning.Tr
             "Lightning clips no gradients of a fused optimizer there. Or leave 32-true: the frozen models have their "
             "own precision, base.dtype."
         )
+    callbacks = [instantiate(node) for node in config.callbacks.values()]
+    for callback in callbacks:
+        if isinstance(callback, ImageUse) and rank() == 0:
+            callback.prepare(data)
     trainer: lightning.Trainer = instantiate(
         config.trainer,
-        callbacks=[instantiate(node) for node in config.callbacks.values()],
+        callbacks=callbacks,
         logger=False,
         plugins=[AdapterCheckpointIO()],
         default_root_dir=config.run.path,
