@@ -69,6 +69,7 @@ def _of_other_shards(data: StreamingDataModule, shards: str | Sequence[str]) -> 
     for shard in other.index.shards:
         if shard.tar.location in trained_on:
             raise ConfigError(
-                f"{shard.tar.location} is one of data.shards: validate on shards that are not trained on."
+                f"callbacks.image_use.shards: {shard.tar.location} is one of data.shards too: give others, which are "
+                "not trained on, or null."
             )
     return other
