@@ -17,6 +17,7 @@ from ipa_train.export.warm_start import init_from
 from ipa_train.runtime.distributed import rank
 from ipa_train.training.callbacks.image_use import ImageUse
 from ipa_train.training.checkpoint import AdapterCheckpointIO
+from ipa_train.training.measuring import Watches
 from ipa_train.training.module import AdapterTraining
 
 
@@ -104,6 +105,9 @@ def build_trainer(config: DictConfig, data: StreamingDataModule) -> lightning.Tr
     for callback in callbacks:
         if isinstance(callback, ImageUse) and rank() == 0:
             callback.prepare(data)
+    for callback in callbacks:
+        if isinstance(callback, Watches):
+            callback.require_measured(callbacks)
     trainer: lightning.Trainer = instantiate(
         config.trainer,
         callbacks=callbacks,

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
 
 from ipa_train.errors import ConfigError, did_you_mean
 
@@ -24,6 +25,9 @@ class Measures(Protocol):
 class Watches(Protocol):
     """A callback that acts on what is measured."""
 
+    def require_measured(self, callbacks: Sequence[Callback]) -> None:
+        """Raise ConfigError if it waits for what none of a run's callbacks measures."""
+
     def on_measured(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
         """Called on all ranks with the same numbers, after the step that they are of and before it is saved."""
 
@@ -38,7 +42,7 @@ def publish(trainer: Trainer, metrics: Mapping[str, float]) -> None:
             callback.on_measured(trainer, metrics)
 
 
-def require_measured(callbacks: Sequence[object], metric: str, *, option: str) -> None:
+def require_measured(callbacks: Sequence[Callback], metric: str, *, option: str) -> None:
     """Raise ConfigError unless one of ``callbacks`` measures ``metric``, which ``option`` names."""
     known = [name for callback in callbacks if isinstance(callback, Measures) for name in callback.metric_names]
     if metric not in known:
