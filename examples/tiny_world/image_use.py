@@ -1,10 +1,12 @@
-"""Does the image-use gap tell a run that learns from one that cannot? Four kinds of runs, each with several seeds.
+"""Does the image-use gap tell a run that learns from one that cannot? Several kinds of runs, each with several seeds.
 
     python -m examples.tiny_world.image_use --out outputs/image_use
 
-Beside the demo's training, three that are broken as trainings are in practice, without an error: image keys and values
-that do not train, an image encoder whose weights were never loaded, and image prompts that are always dropped. Writes
-image_use.json (every measurement), image_use.md and image_use.png. Runs that are done are not run again.
+Beside the demo's training, three that are broken as trainings are in practice, without an error: image prompts that are
+always dropped, features of another encoder than the image prompts will have, and image keys and values that stay zero.
+And two that look broken and are not: frozen keys and values under a projector that learns, and an encoder of random
+weights, both of which let the image's colours through. Writes image_use.json (every measurement), image_use.md and
+image_use.png after each run; runs that are done are not run again.
 """
 
 import argparse
@@ -32,18 +34,22 @@ HELD_OUT = 128
 GAPS = ("val/gap_other", "val/gap_none")
 VARIANTS = {
     "learning": "#1f77b4",
-    "keys and values frozen": "#d62728",
-    "encoder never loaded": "#ff7f0e",
     "image always dropped": "#7f7f7f",
+    "wrong encoder": "#d62728",
+    "keys and values zero": "#ff7f0e",
+    "projector alone": "#2ca02c",
+    "random encoder": "#9467bd",
 }
 
 
 def options(variant: str, out: Path) -> list[str]:
     """What a variant changes of the demo's config."""
-    broken_encoder = variant == "encoder never loaded"
-    features = out / ("features_random" if broken_encoder else "features")
-    chosen = [f"data.shards={features}/train", f"callbacks.image_use.shards={features}/held_out"]
-    if broken_encoder:
+    right, random = out / "features", out / "features_random"
+    trained, held_out = {"wrong encoder": (random, right), "random encoder": (random, random)}.get(
+        variant, (right,) * 2
+    )
+    chosen = [f"data.shards={trained}/train", f"callbacks.image_use.shards={held_out}/held_out"]
+    if trained == random:
         chosen += [f"image_encoder.path={out}/random_encoder"]
     if variant == "image always dropped":
         chosen += ["dropout.image_rate=1", "dropout.text_rate=0", "dropout.both_rate=0"]
@@ -92,9 +98,11 @@ def train(variant: str, seed: int, args: argparse.Namespace) -> Path:
     (run / "metrics.csv").unlink(missing_ok=True)
     lightning.seed_everything(seed, verbose=False)
     module = build_module(config)
-    if variant == "keys and values frozen":
-        freeze_keys_and_values(module)
+    if variant in ("keys and values zero", "projector alone"):
+        freeze_keys_and_values(module, zero=variant == "keys and values zero")
     data = build_data(config, module)
+    if variant == "wrong encoder":
+        data.encoders = None  # without the check that refuses such features
     trainer = build_trainer(config, data)
     trainer.loggers = build_loggers(config, None)
     trainer.fit(module, data)
@@ -104,9 +112,12 @@ def train(variant: str, seed: int, args: argparse.Namespace) -> Path:
     return run
 
 
-def freeze_keys_and_values(module: AdapterTraining) -> None:
-    """Leave the projector alone to learn."""
-    module.adapter.branches.requires_grad_(False)
+def freeze_keys_and_values(module: AdapterTraining, *, zero: bool) -> None:
+    """Leave the projector alone to learn, through copies of the text's keys and values or through nothing."""
+    for weight in module.adapter.branches.parameters():
+        weight.requires_grad_(False)
+        if zero:
+            weight.zero_()
 
 
 def read(run: Path, variant: str, seed: int) -> Iterator[dict[str, object]]:
@@ -121,7 +132,7 @@ def separated_from(rows: list[dict[str, object]], variant: str, gap: str) -> int
     """The first step from which on no interval of a learning run meets one of ``variant``'s, over all seeds."""
     measured = [row for row in rows if gap in row]
     found = None
-    for step in sorted({int(str(row["step"])) for row in measured}, reverse=True):
+    for step in sorted({int(str(row["step"])) for row in measured if row["variant"] == variant}, reverse=True):
         here = [row for row in measured if row["step"] == step]
         lowest = min(float(str(r[gap])) - float(str(r[f"{gap}_ci"])) for r in here if r["variant"] == "learning")
         highest = max(float(str(r[gap])) + float(str(r[f"{gap}_ci"])) for r in here if r["variant"] == variant)
@@ -134,7 +145,7 @@ def separated_from(rows: list[dict[str, object]], variant: str, gap: str) -> int
 def table(rows: list[dict[str, object]], steps: int) -> str:
     """Markdown: both gaps at the last step for each seed, and since when they have been apart."""
     lines = ["| run | gap to another image | gap to none | apart from learning since step |", "|---|---|---|---|"]
-    for variant in VARIANTS:
+    for variant in dict.fromkeys(str(row["variant"]) for row in rows):
         last = [row for row in rows if row["variant"] == variant and row["step"] == steps and "val/gap_other" in row]
         cells = [", ".join(f"{row[gap]:.3f} ± {row[f'{gap}_ci']:.3f}" for row in last) for gap in GAPS]
         since = "" if variant == "learning" else str(separated_from(rows, variant, "val/gap_other") or "never")
@@ -165,8 +176,8 @@ def picture(rows: list[dict[str, object]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--every-steps", type=int, default=25, help="steps between two measurements")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--every-steps", type=int, default=30, help="steps between two measurements")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--num-samples", type=int, default=2000, help="to train on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -176,12 +187,12 @@ def main() -> None:
     make_data(args.out, args.num_samples)
     setup_logging()
     rows = []
-    for seed in args.seeds:
-        for variant in VARIANTS:
+    for variant in VARIANTS:
+        for seed in args.seeds:
             rows += list(read(train(variant, seed, args), variant, seed))
-    (args.out / "image_use.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.out / "image_use.md").write_text(table(rows, args.steps))
-    picture(rows, args.out / "image_use.png")
+            (args.out / "image_use.json").write_text(json.dumps(rows) + "\n")
+            (args.out / "image_use.md").write_text(table(rows, args.steps))
+            picture(rows, args.out / "image_use.png")
     print(f"\n{table(rows, args.steps)}\n{args.out / 'image_use.png'}")
 
 

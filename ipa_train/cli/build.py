@@ -15,7 +15,7 @@ from ipa_train.export.description import describe_adapter
 from ipa_train.export.loadability import require_loadable
 from ipa_train.export.warm_start import init_from
 from ipa_train.runtime.distributed import rank
-from ipa_train.training.callbacks.image_use import ImageUse
+from ipa_train.training.callbacks.validation import Validation
 from ipa_train.training.checkpoint import AdapterCheckpointIO
 from ipa_train.training.measuring import Watches
 from ipa_train.training.module import AdapterTraining
@@ -103,7 +103,7 @@ def build_trainer(config: DictConfig, data: StreamingDataModule) -> lightning.Tr
         )
     callbacks = [instantiate(node) for node in config.callbacks.values()]
     for callback in callbacks:
-        if isinstance(callback, ImageUse) and rank() == 0:
+        if isinstance(callback, Validation) and rank() == 0:
             callback.prepare(data)
     for callback in callbacks:
         if isinstance(callback, Watches):

@@ -18,9 +18,10 @@ _log = logging.getLogger(__name__)
 class FixedSamples:
     """Up to ``num_samples`` samples of one size, read as a data module reads its own.
 
-    They come from ``shards`` of their own, which training must not have. Without such they are samples of the training
-    shards that the first epoch comes to last: it ends with the lanes of the plan, and these are at the end of the first
-    lane, so that they lie in a few shards. Until then, :attr:`held_out_steps`, they are as good as held out.
+    They come from ``shards`` of their own, which training must not have (``option`` is where the user gave them).
+    Without such they are samples of the training shards that the first epoch comes to last: it ends with the lanes of
+    the plan, and these are at the end of the first lane, so that they lie in a few shards. Until then,
+    :attr:`held_out_steps`, they are as good as held out.
 
     All are of the commonest bucket and, in a mixture, of the source that is seen most.
 
@@ -30,9 +31,14 @@ class FixedSamples:
     """
 
     def __init__(
-        self, data: StreamingDataModule, *, num_samples: int, shards: str | Sequence[str] | None = None
+        self,
+        data: StreamingDataModule,
+        *,
+        num_samples: int,
+        shards: str | Sequence[str] | None = None,
+        option: str,
     ) -> None:
-        source = data if shards is None else _of_other_shards(data, shards)
+        source = data if shards is None else _of_other_shards(data, shards, option)
         stream = source.stream
         self._bucket = int(np.argmax(stream.shares))
         plan, share = stream.plans[self._bucket], float(stream.shares[self._bucket])
@@ -60,7 +66,7 @@ class FixedSamples:
         return loaded.batch
 
 
-def _of_other_shards(data: StreamingDataModule, shards: str | Sequence[str]) -> StreamingDataModule:
+def _of_other_shards(data: StreamingDataModule, shards: str | Sequence[str], option: str) -> StreamingDataModule:
     other = copy.copy(data)
     for name in ("_indices", "index", "stream"):  # what was made of its own shards
         other.__dict__.pop(name, None)
@@ -69,7 +75,7 @@ def _of_other_shards(data: StreamingDataModule, shards: str | Sequence[str]) -> 
     for shard in other.index.shards:
         if shard.tar.location in trained_on:
             raise ConfigError(
-                f"callbacks.image_use.shards: {shard.tar.location} is one of data.shards too: give others, which are "
+                f"{option}: {shard.tar.location} is one of data.shards too: give others, which are "
                 "not trained on, or null."
             )
     return other

@@ -1,4 +1,4 @@
-"""The image-use gap in a real run: the same from any ranks and from a cache, and without a trace in the training."""
+"""Validation in a real run: the same from any ranks and from a cache, and without a trace in the training."""
 
 import csv
 import subprocess
@@ -12,17 +12,28 @@ from ipa_train.cli.build import build_data, build_module, build_trainer
 from ipa_train.cli.config import load_config
 from ipa_train.cli.main import main
 from ipa_train.errors import ConfigError
+from ipa_train.training.checkpoint import list_checkpoints, step_of
 from tests.end_to_end.conftest import loss_curve, write_shards
 
 SMALL = ["callbacks.image_use.every_steps=2", "callbacks.image_use.num_samples=12", "callbacks.image_use.batch_size=4"]
 
 
+def scoring(scorers):
+    """Options that score two pictures each time."""
+    options = [*zip(("clip", "dino"), scorers, strict=True), ("every_steps", 2), ("num_samples", 2), ("batch_size", 1)]
+    return [f"callbacks.generation_scores.{name}={value}" for name, value in (*options, ("num_inference_steps", 1))]
+
+
 def measured(run):
     """What was measured, by step."""
     with (run / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row.get("val/gap_other")]
+        rows = list(csv.DictReader(file))
     names = [name for name in rows[0] if name.startswith(("val/", "image_to_text/"))]
-    return {int(row["step"]): {name: float(row[name]) for name in names} for row in rows}
+    found = {}
+    for row in rows:
+        if numbers := {name: float(row[name]) for name in names if row[name]}:
+            found[int(row["step"])] = found.get(int(row["step"]), {}) | numbers
+    return found
 
 
 def test_it_is_measured_without_a_trace_and_goes_on_alike_after_a_resume(train_command, tmp_path):
@@ -49,13 +60,34 @@ def test_it_is_measured_without_a_trace_and_goes_on_alike_after_a_resume(train_c
         assert quarters == pytest.approx(numbers["val/loss"], rel=1e-5)
 
 
-def test_two_processes_measure_what_one_does_of_the_same_weights(train_command, tmp_path):
+def test_two_processes_measure_what_one_does_of_the_same_weights(train_command, tmp_path, tiny_scorers):
     """The learning rate is so small that weights stay alike; three pieces are not the same share for both."""
-    options = [*SMALL, "trainer.max_steps=2", "optimizer.lr=1e-12"]
+    options = [*SMALL, *scoring(tiny_scorers), "trainer.max_steps=2", "optimizer.lr=1e-12"]
     assert main(train_command("one", *options)) == 0
     command = train_command("two", *options, "trainer.devices=2", "trainer.strategy=ddp")
     subprocess.run([sys.executable, "-m", "ipa_train.cli.main", *command], check=True, timeout=300)
     assert measured(tmp_path / "two") == measured(tmp_path / "one")
+    assert {"val/gap_other", "val/clip_i", "val/clip_t", "val/dino"} < measured(tmp_path / "one")[2].keys()
+
+
+def test_the_best_by_a_score_is_kept_and_exported(train_command, tmp_path, tiny_scorers):
+    options = [*scoring(tiny_scorers), "callbacks.checkpointing.keep_last=1", "optimizer.lr=0.1"]
+    options += ["callbacks.checkpointing.keep_best=val/clip_i", "callbacks.early_stopping.metric=val/clip_i"]
+    options += ["callbacks.early_stopping.patience=1", "callbacks.early_stopping.mode=min"]
+    for _ in range(2):  # the second finds that it had stopped
+        assert main(train_command("run", *options, "trainer.max_steps=40")) == 0
+    found = {step: numbers["val/clip_i"] for step, numbers in measured(tmp_path / "run").items()}
+    best = max(found, key=found.get)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [step_of(path) for path in list_checkpoints(checkpoints)] == sorted({best, max(found)})
+    *_, before, last = found.values()
+    assert max(found) < 40
+    assert last >= before
+    assert main(["export", str(checkpoints / "best"), "--out", str(tmp_path / "exported")]) == 0
+    ours, theirs = (
+        load_file(folder / "ip_adapter.safetensors") for folder in (tmp_path / "exported", checkpoints / "best")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_held_out_shards_may_be_cached_as_the_training_shards_are(train_command, tmp_path, capsys):
@@ -99,11 +131,16 @@ def test_samples_of_the_training_shards_are_those_that_come_last(train_command):
         (["every_steps=-1"], r"every_steps must be at least 0 \(off\)"),
         (["shards={shards}/00001.tar"], r"00001\.tar is one of data\.shards too"),
         (["shards={few}"], "there are 5 samples, and it takes 8"),
+        (
+            ["every_steps=0", "shards={few}", "early"],
+            r"early_stopping\.metric=val/gap_other: nothing in this run measures",
+        ),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(train_command, shards, tmp_path, options, message):
     few = write_shards(tmp_path / "few", num_shards=1, per_shard=5)
-    given = [f"callbacks.image_use.{option.format(shards=shards, few=few)}" for option in options]
+    given = [f"callbacks.image_use.{option.format(shards=shards, few=few)}" for option in options if "=" in option]
+    given += ["callbacks.early_stopping.metric=val/gap_other"] if "early" in options else []
     config = load_config([*train_command("x")[1:], *given])
     with pytest.raises(ConfigError, match=message):
         build_trainer(config, build_data(config, build_module(config)))
@@ -113,4 +150,4 @@ def test_mistakes_are_named_before_anything_is_written(train_command, shards, tm
 def test_too_few_training_samples_turn_it_off_aloud(train_command, tmp_path, capsys):
     few = write_shards(tmp_path / "few", num_shards=1, per_shard=5)
     assert main(train_command("x", f"data.shards={few}", "trainer.max_steps=1")) == 0
-    assert "image use is not measured: there are 5 samples" in capsys.readouterr().err
+    assert "image_use is off: there are 5 samples" in capsys.readouterr().err

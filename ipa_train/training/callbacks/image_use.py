@@ -3,38 +3,36 @@
 import logging
 from collections.abc import Sequence
 from itertools import product
+from typing import ClassVar
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from ipa_train.adapter.lora import LowRankSite
 from ipa_train.bases import MicroConditioning
-from ipa_train.data.datamodule import StreamingDataModule
-from ipa_train.data.fixed_samples import FixedSamples
-from ipa_train.data.sequential import SequentialDataModule
+from ipa_train.data.batch import Batch
 from ipa_train.errors import ConfigError
 from ipa_train.eval.image_use import MIN_SAMPLES, Probe, branch_ratios, make_probe, probe_losses, summarise
-from ipa_train.runtime.distributed import rank, sum_over_ranks
-from ipa_train.training.measuring import publish
+from ipa_train.runtime.distributed import sum_over_ranks
+from ipa_train.training.callbacks.validation import Validation
 from ipa_train.training.module import AdapterTraining
 
 _log = logging.getLogger(__name__)
 
 
-class ImageUse(Callback):
-    """Every ``every_steps`` optimizer steps log ``val/gap_other`` and the rest of ``eval.image_use.summarise``.
+class ImageUse(Validation):
+    """Log ``val/gap_other`` and the rest of ``eval.image_use.summarise`` every ``every_steps`` optimizer steps.
 
-    Measured on :class:`FixedSamples` with noise and timesteps that never change, on averaged weights where there is an
-    average. The set is cut into pieces of ``batch_size``, which the ranks share: a piece is computed alike on any of
-    them, so the numbers do not depend on how many there are. Nothing of the training state is touched, and no random
-    number drawn from a generator that others use. 0 steps turns it off.
+    Noise and timesteps of the samples never change, and averaged weights are used where there is an average. Nothing of
+    the training state is touched, and no number drawn from a generator that others use.
 
     A measurement is 3 forwards of ``num_samples`` samples, without a backward; a step is at least 2 of a global batch
     (the backward costs one or more). So its share of the time is at most 1.5 num_samples / (global batch x
     every_steps): 1.2 % at the default.
     """
+
+    name: ClassVar[str] = "image_use"
+    min_samples: ClassVar[int] = MIN_SAMPLES
 
     def __init__(
         self,
@@ -44,19 +42,13 @@ class ImageUse(Callback):
         batch_size: int = 8,
         shards: str | Sequence[str] | None = None,
     ) -> None:
-        if every_steps < 0:
-            raise ConfigError(f"callbacks.image_use.every_steps must be at least 0 (off), got {every_steps}.")
         if batch_size < 2:
-            raise ConfigError(f"callbacks.image_use.batch_size must be at least 2, got {batch_size}.")
-        if num_samples < MIN_SAMPLES or num_samples % batch_size:
             raise ConfigError(
-                f"callbacks.image_use.num_samples must be at least {MIN_SAMPLES} and a multiple of "
-                f"callbacks.image_use.batch_size={batch_size}, got {num_samples}."
+                f"callbacks.image_use.batch_size must be at least 2, got {batch_size}: each sample is given the image "
+                "of another one of its piece."
             )
-        self.every_steps, self.num_samples, self.batch_size, self.shards = every_steps, num_samples, batch_size, shards
-        self._samples: FixedSamples | None = None
+        super().__init__(every_steps=every_steps, num_samples=num_samples, batch_size=batch_size, shards=shards)
         self._probes: list[Probe] | None = None
-        self._measured_step = 0
 
     @property
     def metric_names(self) -> list[str]:
@@ -67,63 +59,12 @@ class ImageUse(Callback):
         gaps = [f"val/{gap}{part}{ci}" for gap, part, ci in product(("gap_other", "gap_none"), parts, ("", "_ci"))]
         return [*(f"val/loss{part}" for part in parts), *gaps, "val/image_to_text"]
 
-    def prepare(self, data: StreamingDataModule) -> None:
-        """Find the samples; all ranks do, rank 0 first, since it may have to index ``shards``.
-
-        Raises:
-            ConfigError: too few samples in ``shards``, or none that are always the same.
-            DataError: shards that cannot be used.
-        """
-        if not self.every_steps or self._samples is not None:
-            return
-        if isinstance(data, SequentialDataModule):
-            self._turn_off("sources without an index have no samples that are always the same")
-            return
-        samples = FixedSamples(data, num_samples=self.num_samples, shards=self.shards)
-        self._num_samples = len(samples) // self.batch_size * self.batch_size
-        if self._num_samples < MIN_SAMPLES:
-            self._turn_off(f"there are {len(samples)} samples, and it takes {max(MIN_SAMPLES, self.batch_size)}")
-            return
-        self._samples = samples
-        if (steps := samples.held_out_steps) is not None and rank() == 0:
-            _log.info(
-                "image use: measured on %d samples of data.shards that are not trained on before step %d or so; "
-                "callbacks.image_use.shards=... takes others",
-                self._num_samples,
-                steps,
-            )
-
-    def _turn_off(self, reason: str) -> None:
-        if self.shards is not None:
-            raise ConfigError(f"callbacks.image_use.shards={self.shards}: {reason}.")
-        if rank() == 0:
-            _log.warning("image use is not measured: %s", reason)
-        self.every_steps = 0
-
-    def on_fit_start(self, trainer: Trainer, pl_module: AdapterTraining) -> None:
-        """Find the samples on the ranks that have not yet."""
-        self.prepare(trainer.datamodule)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: AdapterTraining, outputs: STEP_OUTPUT, batch: object, batch_idx: int
-    ) -> None:
-        """Measure if this step is due."""
-        step = trainer.global_step
-        if not self.every_steps or step == self._measured_step or step % self.every_steps:
-            return
-        self._measured_step = step
-        metrics = self._measure(trainer, pl_module)
-        publish(trainer, metrics)
-        if trainer.is_global_zero:
-            gaps = (f"{metrics[name]:.4f} +- {metrics[f'{name}_ci']:.4f}" for name in ("val/gap_other", "val/gap_none"))
-            _log.info("image use at step %d: the loss rises by %s under another image, by %s under none", step, *gaps)
-
     @torch.no_grad()
-    def _measure(self, trainer: Trainer, module: AdapterTraining) -> dict[str, float]:
+    def measure(self, trainer: Trainer, module: AdapterTraining) -> dict[str, float]:
+        """Probe this rank's share, once encoded, and put all ranks' numbers together."""
         if self._probes is None:
-            pieces = range(0, self._num_samples, self.batch_size)[trainer.global_rank :: trainer.world_size]
-            self._probes = [self._probe(module, start) for start in pieces]
-        numbered = torch.zeros(4, self._num_samples, dtype=torch.float64, device=module.device)
+            self._probes = [self._probe(module, *piece) for piece in self.pieces(trainer, module)]
+        numbered = torch.zeros(4, self.num_samples, dtype=torch.float64, device=module.device)
         names = [site.name for site in module.sites if not isinstance(site, LowRankSite)]
         ratios = torch.zeros(len(names), dtype=torch.float64, device=module.device)
         with module.averaged_weights():
@@ -139,11 +80,13 @@ class ImageUse(Callback):
         numbers, ratios = reduced[: numbered.numel()].view_as(numbered), reduced[numbered.numel() :]
         metrics = {f"val/{name}": value for name, value in summarise(numbers[:3], numbers[3].long()).items()}
         metrics["val/image_to_text"] = ratios.mean().item()
+        if trainer.is_global_zero:
+            gaps = (f"{metrics[name]:.4f} +- {metrics[f'{name}_ci']:.4f}" for name in ("val/gap_other", "val/gap_none"))
+            told = "image use at step %d: the loss rises by %s under another image, by %s under none"
+            _log.info(told, trainer.global_step, *gaps)
         return metrics | {f"image_to_text/{name}": ratio for name, ratio in zip(names, ratios.tolist(), strict=True)}
 
-    def _probe(self, module: AdapterTraining, start: int) -> Probe:
-        assert self._samples is not None
-        batch = self._samples.batch(start, start + self.batch_size).to(module.device)
+    def _probe(self, module: AdapterTraining, start: int, batch: Batch) -> Probe:
         posterior, image_features = module.encode(batch)
         return make_probe(
             posterior,
@@ -151,6 +94,6 @@ class ImageUse(Callback):
             batch.captions,
             MicroConditioning(batch.original_sizes, batch.crop_top_lefts, batch.target_sizes),
             module.objective,
-            numbers=torch.arange(start, start + self.batch_size),
-            num_samples=self._num_samples,
+            numbers=torch.arange(start, start + len(batch)),
+            num_samples=self.num_samples,
         )
