@@ -163,7 +163,8 @@ def picture(rows: list[dict[str, object]], path: Path) -> None:
                 own = [r for r in rows if (r["variant"], r["seed"]) == (variant, seed) and metric in r]
                 points = [(float(str(r["step"])), float(str(r[metric]))) for r in own]
                 widths = [float(str(r[f"{metric}_ci"])) for r in own] if band else None
-                found.append(Curve(variant, colour, points, widths))
+                if points:
+                    found.append(Curve(variant, colour, points, widths))
         return found
 
     panels = [

@@ -79,7 +79,7 @@ def test_the_best_by_a_score_is_kept_and_exported(train_command, tmp_path, tiny_
     found = {step: numbers["val/clip_i"] for step, numbers in measured(tmp_path / "run").items()}
     best = max(found, key=found.get)
     checkpoints = tmp_path / "run" / "checkpoints"
-    assert [step_of(path) for path in list_checkpoints(checkpoints)] == sorted({best, max(found)})
+    assert [step_of(path) for path in list_checkpoints(checkpoints)] == sorted({0, best, max(found)})
     *_, before, last = found.values()
     assert max(found) < 40
     assert last >= before
@@ -126,11 +126,11 @@ def test_samples_of_the_training_shards_are_those_that_come_last(train_command):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["num_samples=12"], r"num_samples must be at least 8 and a multiple of .*batch_size=8, got 12"),
+        (["num_samples=12"], r"num_samples must be at least 8 and a multiple of .*batch_size=16, got 12"),
         (["batch_size=1"], "batch_size must be at least 2"),
         (["every_steps=-1"], r"every_steps must be at least 0 \(off\)"),
         (["shards={shards}/00001.tar"], r"00001\.tar is one of data\.shards too"),
-        (["shards={few}"], "there are 5 samples, and it takes 8"),
+        (["shards={few}"], "there are 5 samples, and it takes 16"),
         (
             ["every_steps=0", "shards={few}", "early"],
             r"early_stopping\.metric=val/gap_other: nothing in this run measures",
