@@ -44,20 +44,18 @@ VARIANTS = {
 
 def options(variant: str, out: Path) -> list[str]:
     """What a variant changes of the demo's config."""
-    right, random = out / "features", out / "features_random"
-    trained, held_out = {"wrong encoder": (random, right), "random encoder": (random, random)}.get(
-        variant, (right,) * 2
-    )
-    chosen = [f"data.shards={trained}/train", f"callbacks.image_use.shards={held_out}/held_out"]
-    if trained == random:
-        chosen += [f"image_encoder.path={out}/random_encoder"]
+    random = out / "random_encoder"
+    trained = random if variant in ("wrong encoder", "random encoder") else ENCODER
+    held_out = random if variant == "random encoder" else ENCODER
+    chosen = [f"image_encoder.path={trained}", f"data.shards={features(out, trained, 'train')}"]
+    chosen += [f"callbacks.image_use.shards={features(out, held_out, 'held_out')}"]
     if variant == "image always dropped":
         chosen += ["dropout.image_rate=1", "dropout.text_rate=0", "dropout.both_rate=0"]
     return ["experiment=tiny_world", *chosen]
 
 
 def make_data(out: Path, num_samples: int) -> None:
-    """Shards to train on and shards held out, and their features by the real encoder and by one of random weights."""
+    """Shards to train on and shards held out, and an image encoder of random weights."""
     for name, count, seed in (("train", num_samples, 5_000_000), ("held_out", HELD_OUT, 7_000_000)):
         if not (out / "shards" / name / "00000_stats.json").exists():
             (out / "shards" / name).mkdir(parents=True, exist_ok=True)
@@ -66,12 +64,15 @@ def make_data(out: Path, num_samples: int) -> None:
         torch.manual_seed(0)
         model = CLIPVisionModelWithProjection(CLIPVisionConfig.from_pretrained(ENCODER))
         model.save_pretrained(out / "random_encoder")
-    for name, encoder in (("features", ENCODER), ("features_random", out / "random_encoder")):
-        for part in ("train", "held_out"):
-            shards, cache = out / "shards" / part, out / name / part
-            encode = ["experiment=tiny_world", f"data.shards={shards}", f"image_encoder.path={encoder}"]
-            if not cache.exists() and ipa(["data", "encode", *encode, "--out", str(cache)]):
-                raise SystemExit(f"{cache}: encoding failed.")
+
+
+def features(out: Path, encoder: Path, part: str) -> Path:
+    """The shards of ``part`` as ``encoder`` sees them."""
+    cache = out / "features" / encoder.name / part
+    encode = ["experiment=tiny_world", f"data.shards={out / 'shards' / part}", f"image_encoder.path={encoder}"]
+    if not cache.exists() and ipa(["data", "encode", *encode, "--out", str(cache)]):
+        raise SystemExit(f"{cache}: encoding failed.")
+    return cache
 
 
 def train(variant: str, seed: int, args: argparse.Namespace) -> Path:
@@ -182,13 +183,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--num-samples", type=int, default=2000, help="to train on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out = args.out.resolve()
     make_data(args.out, args.num_samples)
     setup_logging()
     rows = []
-    for variant in VARIANTS:
+    for variant in args.variants:
         for seed in args.seeds:
             rows += list(read(train(variant, seed, args), variant, seed))
             (args.out / "image_use.json").write_text(json.dumps(rows) + "\n")
