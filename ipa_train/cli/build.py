@@ -15,7 +15,9 @@ from ipa_train.export.description import describe_adapter
 from ipa_train.export.loadability import require_loadable
 from ipa_train.export.warm_start import init_from
 from ipa_train.runtime.distributed import rank
+from ipa_train.training.callbacks.validation import Validation
 from ipa_train.training.checkpoint import AdapterCheckpointIO
+from ipa_train.training.measuring import Watches
 from ipa_train.training.module import AdapterTraining
 from ipa_train.training.strategies import require_fitting
 
@@ -103,9 +105,16 @@ def build_trainer(
             "Lightning clips no gradients of a fused optimizer there. Or leave 32-true: the frozen models have their "
             "own precision, base.dtype."
         )
+    callbacks = [instantiate(node) for node in config.callbacks.values()]
+    for callback in callbacks:
+        if isinstance(callback, Validation) and rank() == 0:
+            callback.prepare(data)
+    for callback in callbacks:
+        if isinstance(callback, Watches):
+            callback.require_measured(callbacks)
     trainer: lightning.Trainer = instantiate(
         config.trainer,
-        callbacks=[instantiate(node) for node in config.callbacks.values()],
+        callbacks=callbacks,
         logger=False,
         plugins=[AdapterCheckpointIO()],
         default_root_dir=config.run.path,

@@ -1,6 +1,6 @@
 """What the denoiser is asked for: noising, target and per-sample loss."""
 
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int64, Num
 from torch import Tensor
 
 from ipa_train.diffusion.schedule import NoiseSchedule, PredictionType, VariancePreserving
@@ -110,6 +110,10 @@ class Objective:
             factors = self.schedule.signal_and_noise(timesteps)
             losses = losses * min_snr_weights(*factors, gamma=self.min_snr_gamma, prediction_type=self.prediction_type)
         return losses
+
+    def quarters(self, timesteps: Num[Tensor, "b"]) -> Int64[Tensor, "b"]:
+        """Which quarter of the schedule each timestep is in: 0 (least noise) to 3."""
+        return (timesteps * 4 / self.num_timesteps).long().clamp(max=3)
 
     def _factors(self, timesteps: Num[Tensor, "b"]) -> tuple[Tensor, Tensor]:
         signal, level = self.schedule.signal_and_noise(timesteps)

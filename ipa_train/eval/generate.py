@@ -1,6 +1,7 @@
 """Pictures from an adapter while it is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,11 +25,13 @@ def generate(
     seed: int = 0,
     num_inference_steps: int = 30,
     guidance_scale: float = 7.5,
+    scale: float = 1.0,
 ) -> list[Image.Image]:
     """One picture of ``size`` (height, width) for each image prompt, with the adapter as it is attached to the base.
 
     The loop of diffusers' pipelines around the very ``predict`` that is trained, so it is the same for every base, and
-    gives what the exported file will give there. Image i is drawn from the seed ``seed + i``.
+    gives what the exported file will give there. Image i is drawn from the seed ``seed + i``. ``scale`` multiplies the
+    weight that the image half has (lambda); 0 leaves the text alone.
     """
     count, device = len(prompts), image_features[0].device
     shape = (base.vae.num_channels, size[0] // base.vae.stride, size[1] // base.vae.stride)
@@ -41,15 +44,26 @@ def generate(
         features = [torch.cat([n.expand_as(f), f]) for f, n in zip(features, null_features, strict=True)]
     text, rounds = TextConditioning.cat(conditions), len(conditions)
     micro = MicroConditioning.uncropped(size, count * rounds, device)
-    for t in sampler.timesteps:
-        timesteps = t.to(device).expand(count * rounds)
-        tokens = adapter(*features, timesteps=timesteps)
-        prediction = base.predict(torch.cat([latents] * rounds), timesteps, text, tokens, micro)
-        if guidance_scale > 1.0:
-            unconditional, conditional = prediction.chunk(2)
-            prediction = unconditional + guidance_scale * (conditional - unconditional)
-        latents = sampler.step(prediction, t, latents, return_dict=False)[0]
+    with _scaled(adapter, scale):
+        for t in sampler.timesteps:
+            timesteps = t.to(device).expand(count * rounds)
+            tokens = adapter(*features, timesteps=timesteps)
+            prediction = base.predict(torch.cat([latents] * rounds), timesteps, text, tokens, micro)
+            if guidance_scale > 1.0:
+                unconditional, conditional = prediction.chunk(2)
+                prediction = unconditional + guidance_scale * (conditional - unconditional)
+            latents = sampler.step(prediction, t, latents, return_dict=False)[0]
     return to_pil(base.vae.decode(latents))
+
+
+@contextmanager
+def _scaled(adapter: IPAdapter, factor: float) -> Iterator[None]:
+    own = adapter.scales
+    adapter.scales = {name: factor * scale for name, scale in own.items()}
+    try:
+        yield
+    finally:
+        adapter.scales = own
 
 
 def seeds(seed: int, count: int) -> list[torch.Generator]:
@@ -76,3 +90,9 @@ def to_pil(pixels: UInt8[Tensor, "b c h w"]) -> list[Image.Image]:
     """Pictures of a batch."""
     arrays: Any = pixels.permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array) for array in arrays]
+
+
+def to_tensor(images: Sequence[Image.Image]) -> UInt8[Tensor, "b 3 h w"]:
+    """The batch of pictures of one size."""
+    rows = [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in images]
+    return torch.stack(rows).view(len(images), images[0].height, images[0].width, 3).permute(0, 3, 1, 2)

@@ -6,6 +6,7 @@
         state.pt              optimizer, schedules, loops, callbacks, data position (plain containers and tensors)
         ...                   whatever the run adds, for example the export
         manifest.json         written last: format, step, size and sha256 of every file
+    checkpoints/best          a link to the best one, where a run chooses one
 
 A folder is filled under a temporary name, flushed and renamed, so a name of this form is a complete checkpoint however
 the process ended. Its hashes find what a disk damaged later.
@@ -33,6 +34,7 @@ from ipa_train.runtime.distributed import gather_objects
 from ipa_train.runtime.files import follow_umask, sync
 
 FORMAT = 1
+BEST = "best"
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".tmp-"
 _log = logging.getLogger(__name__)
@@ -166,17 +168,31 @@ def newest_valid(folder: Path) -> Path | None:
     return None
 
 
-def prune(folder: Path, *, keep_last: int, keep_every: int | None = None) -> None:
-    """Delete all but the ``keep_last`` newest checkpoints and those whose step is a multiple of ``keep_every``."""
+def prune(folder: Path, *, keep_last: int, keep_every: int | None = None, best: int | None = None) -> None:
+    """Delete all but the ``keep_last`` newest checkpoints, multiples of ``keep_every`` steps, and step ``best``."""
     io = AdapterCheckpointIO()
     for path in list_checkpoints(folder)[:-keep_last]:
-        if keep_every is None or step_of(path) % keep_every:
+        if (keep_every is None or step_of(path) % keep_every) and step_of(path) != best:
             io.remove_checkpoint(path)
+
+
+def point_to_best(folder: Path, step: int) -> None:
+    """Make ``folder/best`` a link to the checkpoint of ``step``; whoever looks finds the old or the new one."""
+    link = folder / BEST
+    target = Path(checkpoint_path(folder, step).name)
+    if link.is_symlink() and link.readlink() == target:
+        return
+    temporary = folder / f"{_TEMPORARY}{BEST}-{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.rename(link)
 
 
 def remove_temporaries(folder: Path) -> None:
     """Delete what interrupted saves left in ``folder``; only for the process that owns the run."""
     for path in folder.glob(f"{_TEMPORARY}*"):
+        if path.is_symlink():
+            path.unlink()
         shutil.rmtree(path, ignore_errors=True)
 
 

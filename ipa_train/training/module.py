@@ -138,7 +138,7 @@ class AdapterTraining(lightning.LightningModule):
 
     def record(self, losses: Tensor, timesteps: Tensor, dropped: Dropped) -> None:
         """Add a micro-batch to the running means: loss, loss by timestep quarter, realised drop rates."""
-        quarters = (timesteps * 4 / self.objective.num_timesteps).long().clamp(max=3)
+        quarters = self.objective.quarters(timesteps)
         self.metrics.update("train/loss", losses)
         for quarter in range(4):
             self.metrics.update(f"train/loss_t{quarter}", losses, where=quarters == quarter)

@@ -10,7 +10,7 @@ from ipa_train.bases import StableDiffusion
 from ipa_train.bases.tiny import save_tiny_models, tiny_pipeline
 from ipa_train.conditioning import CLIPImageEncoder
 from ipa_train.errors import ConfigError, ExportError
-from ipa_train.eval.generate import generate, grid, to_pil
+from ipa_train.eval.generate import generate, grid, to_pil, to_tensor
 from ipa_train.eval.pipeline import load_pipeline
 from ipa_train.export import to_interchange, write_export
 
@@ -59,6 +59,21 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_neighbours(base, image_enc
     assert difference(both[1], other) > 1
 
 
+def test_the_scale_is_for_one_drawing(base, image_encoder, prompts):
+    adapter = adapter_for(base).attach(base.attention_sites())
+    full, half, none, again = (
+        draw(base, adapter, image_encoder, prompts[:1], ["a"], scale=scale, **STEPS)[0]
+        for scale in (1.0, 0.5, 0.0, 1.0)
+    )
+    assert difference(full, half) > 1 < difference(half, none)
+    assert difference(full, again) == 0
+    adapter.detach()
+    (base_alone,) = draw(
+        base, adapter.attach(base.attention_sites()), image_encoder, prompts[1:], ["a"], scale=0.0, **STEPS
+    )
+    assert difference(base_alone, none) == 0, "at scale 0 no image prompt matters"
+
+
 def test_guidance_of_one_takes_one_half(base, image_encoder, prompts):
     adapter = adapter_for(base).attach(base.attention_sites())
     assert len(draw(base, adapter, image_encoder, prompts, ["a", "b"], guidance_scale=1.0, **STEPS)) == 2
@@ -75,6 +90,11 @@ def test_drawing_leaves_the_random_numbers_of_training_alone(base, image_encoder
     state = torch.get_rng_state()
     draw(base, adapter, image_encoder, prompts, ["a", "b"], **STEPS)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_pictures_are_the_tensors_they_were():
+    pixels = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(to_tensor(to_pil(pixels)), pixels)
 
 
 def test_grid_has_a_row_for_each_label():

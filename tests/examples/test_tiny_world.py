@@ -10,8 +10,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
+from examples.tiny_world import image_use
 from examples.tiny_world.draw_shards import write_shard
 from examples.tiny_world.models import Judge, read_attributes
 from examples.tiny_world.scenes import draw_scenes, render
@@ -51,6 +53,23 @@ def test_the_judge_reads_held_out_scenes():
     assert (read["shape"] == scenes.shape).float().mean() > 0.95
     for name in ("shape_hue", "background_hue"):
         assert (((read[name] - getattr(scenes, name) + 0.5) % 1 - 0.5).abs() * 360).mean() < 10
+
+
+def test_the_gap_tells_a_run_that_learns_from_one_that_does_not(tmp_path, monkeypatch):
+    """Forty steps of each."""
+    options = ["--out", str(tmp_path), "--steps", "40", "--every-steps", "40", "--num-samples", "160", "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", ["image_use", *options, "--variants", "learning", "image always dropped"])
+    image_use.main()
+    rows = json.loads((tmp_path / "image_use.json").read_text())
+    assert image_use.separated_from(rows, "image always dropped", "val/gap_other") == 40
+    learning, broken = (
+        [row for row in rows if row["variant"] == variant and "val/gap_other" in row][-1]
+        for variant in ("learning", "image always dropped")
+    )
+    assert learning["val/gap_other"] > 2 * learning["val/gap_other_ci"]
+    assert abs(broken["val/gap_other"]) < 2 * broken["val/gap_other_ci"]
+    with Image.open(tmp_path / "image_use.png") as picture:
+        assert picture.width > 500
 
 
 def test_the_base_is_small_and_loads():

@@ -1,5 +1,6 @@
 """Pictures during training: the image prompts, and what the adapter makes of them with and without a caption."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
@@ -19,9 +20,10 @@ from ipa_train.training.strategies import base_shards
 class SampleGrid(Callback):
     """Every ``every_steps`` optimizer steps write ``folder/step-N.png``, and show it in wandb where that is a logger.
 
-    The image prompts are the first ``num_images`` samples of the stream, always the same, with fixed seeds; averaged
-    weights are used where there is an average. Rank 0 draws while the others wait, or help where each has a part of the
-    base. 0 steps turns it off.
+    A row for each of ``scales``, the weight of the image prompt beside the caption (as a share of that in training; 0:
+    the text alone), and one of the image prompt alone. The image prompts are the first ``num_images`` samples of the
+    stream, always the same, with fixed seeds; averaged weights are used where there is an average. Rank 0 draws while
+    the others wait, or help where each has a part of the base. 0 steps turns it off.
     """
 
     def __init__(
@@ -32,11 +34,15 @@ class SampleGrid(Callback):
         num_images: int = 4,
         num_inference_steps: int = 30,
         guidance_scale: float = 7.5,
+        scales: Sequence[float] = (0.0, 0.5, 1.0),
     ) -> None:
         if every_steps < 0:
             raise ConfigError(f"callbacks.sample_grid.every_steps must be at least 0 (off), got {every_steps}.")
         if num_images < 1:
             raise ConfigError(f"callbacks.sample_grid.num_images must be at least 1, got {num_images}.")
+        if not all(scale >= 0 for scale in scales):
+            raise ConfigError(f"callbacks.sample_grid.scales must be at least 0, got {list(scales)}.")
+        self.scales = tuple(scales)
         self.folder, self.every_steps, self.num_images = Path(folder), every_steps, num_images
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self._drawn_step = 0
@@ -64,8 +70,10 @@ class SampleGrid(Callback):
         else:
             rows, labels = [to_pil(module.base.vae.decode(posterior.mean))], ["training pictures, from the cache"]
         height, width = batch.target_sizes[0].tolist()
+        sweep = [(f"image prompt at scale {scale:g}, and caption", batch.captions, scale) for scale in self.scales]
         with module.averaged_weights():
-            for captions in (batch.captions, [""] * len(batch)):
+            for label, captions, scale in (*sweep, ("image prompt alone", [""] * len(batch), 1.0)):
+                labels.append(label)
                 rows.append(
                     generate(
                         module.base,
@@ -76,9 +84,9 @@ class SampleGrid(Callback):
                         size=(height, width),
                         num_inference_steps=self.num_inference_steps,
                         guidance_scale=self.guidance_scale,
+                        scale=scale,
                     )
                 )
-        labels += ["image prompt and caption", "image prompt alone"]
         return grid(rows, labels, cell=max(96, min(256, width)))
 
     def _show(self, trainer: Trainer, picture: Image.Image, step: int) -> None:
