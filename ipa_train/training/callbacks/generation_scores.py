@@ -11,7 +11,6 @@ from torch import Tensor
 from ipa_train.data.batch import Batch, Pictures
 from ipa_train.eval.generate import generate, to_tensor
 from ipa_train.eval.metrics import SimilarityScores
-from ipa_train.runtime.distributed import sum_over_ranks
 from ipa_train.training.callbacks.validation import Validation
 from ipa_train.training.module import AdapterTraining
 
@@ -63,7 +62,7 @@ class GenerationScores(Validation):
                 scores = scorer(pictures, image_prompts, batch.captions)
                 scored[:, start : start + len(batch)] = torch.stack([scores[name] for name in names]).double()
         self.scores.to("cpu")
-        means = sum_over_ranks(scored).cpu().mean(dim=1)
+        means = self.summed_over_ranks(trainer, scored).cpu().mean(dim=1)
         return {f"val/{name}": mean for name, mean in zip(names, means.tolist(), strict=True)}
 
     def _draw(

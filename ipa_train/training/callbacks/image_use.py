@@ -16,6 +16,7 @@ from ipa_train.eval.image_use import MIN_SAMPLES, Probe, branch_ratios, make_pro
 from ipa_train.runtime.distributed import sum_over_ranks
 from ipa_train.training.callbacks.validation import Validation
 from ipa_train.training.module import AdapterTraining
+from ipa_train.training.strategies import base_shards
 
 _log = logging.getLogger(__name__)
 
@@ -72,12 +73,11 @@ class ImageUse(Validation):
                 losses = probe_losses(module.base, module.adapter, module.objective, probe, module.null_features)
                 quarters = module.objective.quarters(probe.timesteps)
                 numbered[:, probe.numbers] = torch.cat([losses, quarters[None]]).double()
-            if trainer.is_global_zero:
+            if trainer.is_global_zero or base_shards(trainer) > 1:
                 of_sites = branch_ratios(module.base, module.adapter, module.sites, self._probes[0])
-                ratios += torch.stack([of_sites[name] for name in names])
-        # Each number comes from one rank and the others add zeros: the sum is exact.
-        reduced = sum_over_ranks(torch.cat([numbered.flatten(), ratios])).cpu()
-        numbers, ratios = reduced[: numbered.numel()].view_as(numbered), reduced[numbered.numel() :]
+                if trainer.is_global_zero:
+                    ratios += torch.stack([of_sites[name] for name in names])
+        numbers, ratios = self.summed_over_ranks(trainer, numbered).cpu(), sum_over_ranks(ratios).cpu()
         metrics = {f"val/{name}": value for name, value in summarise(numbers[:3], numbers[3].long()).items()}
         metrics["val/image_to_text"] = ratios.mean().item()
         if trainer.is_global_zero:

@@ -5,18 +5,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+import torch
+from jaxtyping import Float
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 
 from ipa_train.data.batch import Batch
 from ipa_train.data.datamodule import StreamingDataModule
 from ipa_train.data.fixed_samples import FixedSamples
 from ipa_train.data.sequential import SequentialDataModule
 from ipa_train.errors import ConfigError
-from ipa_train.runtime.distributed import rank
+from ipa_train.runtime.distributed import rank, sum_over_ranks
+from ipa_train.runtime.watchdog import unwatched
 from ipa_train.training.measuring import publish
 from ipa_train.training.module import AdapterTraining
+from ipa_train.training.strategies import base_shards
 
 _log = logging.getLogger(__name__)
 
@@ -108,10 +113,25 @@ class Validation(Callback, ABC):
         if not self.every_steps or step == self._measured_step or step % self.every_steps:
             return
         self._measured_step = step
-        publish(trainer, self.measure(trainer, pl_module))
+        with unwatched():
+            metrics = self.measure(trainer, pl_module)
+        publish(trainer, metrics)
 
     def pieces(self, trainer: Trainer, module: AdapterTraining) -> Iterator[tuple[int, Batch]]:
-        """This rank's share of the set: the number of each piece's first sample, and the piece on the device."""
+        """This rank's share of the set: the number of each piece's first sample, and the piece on the device.
+
+        Where ranks share the base, all take part in each other's forwards: one that has no piece left takes another's.
+        """
         assert self._samples is not None
-        for start in range(0, self.num_samples, self.batch_size)[trainer.global_rank :: trainer.world_size]:
-            yield start, self._samples.batch(start, start + self.batch_size).to(module.device)
+        starts = range(0, self.num_samples, self.batch_size)
+        for first in range(0, len(starts), trainer.world_size):
+            piece = first + trainer.global_rank
+            if piece < len(starts) or base_shards(trainer) > 1:
+                start = starts[piece % len(starts)]
+                yield start, self._samples.batch(start, start + self.batch_size).to(module.device)
+
+    def summed_over_ranks(self, trainer: Trainer, numbered: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """Numbers of all n samples on every rank, exactly, from those of this rank's own pieces."""
+        pieces = torch.arange(self.num_samples, device=numbered.device) // self.batch_size
+        numbered[:, pieces % trainer.world_size != trainer.global_rank] = 0.0
+        return sum_over_ranks(numbered)
