@@ -88,7 +88,7 @@ def instantiate(node: Any, **extra: Any) -> Any:
         from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
         foreign = not node["_target_"].startswith("ipa_train.")
-        if foreign and isinstance(cause, (TypeError, ValueError, MisconfigurationException)):
+        if foreign and isinstance(cause, (TypeError, ValueError, ModuleNotFoundError, MisconfigurationException)):
             raise ConfigError(f"{node['_target_']}: {cause}") from error
         raise
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning
 from lightning.pytorch.loggers import Logger
@@ -16,9 +17,10 @@ from ipa_train.export.loadability import require_loadable
 from ipa_train.export.warm_start import init_from
 from ipa_train.runtime.distributed import rank
 from ipa_train.training.callbacks.validation import Validation
-from ipa_train.training.checkpoint import AdapterCheckpointIO
+from ipa_train.training.checkpoint import AdapterCheckpointIO, step_of
 from ipa_train.training.measuring import Watches
 from ipa_train.training.module import AdapterTraining
+from ipa_train.training.run_dir import RunDir
 from ipa_train.training.strategies import require_fitting
 
 
@@ -124,9 +126,11 @@ def build_trainer(
     return trainer
 
 
-def build_loggers(config: DictConfig, tracker_id: str | None) -> list[Logger]:
-    """Make the loggers; wandb goes on with the run it has begun."""
-    known = {"wandb": {"id": tracker_id, "resume": "allow"}}
+def build_loggers(config: DictConfig, run_dir: RunDir) -> list[Logger]:
+    """Make the loggers. Trackers go on with the run that they have begun; what is to be done again, they forget."""
+    known: dict[str, dict[str, Any]] = {"wandb": {"id": run_dir.tracker_id, "resume": "allow"}}
+    if run_dir.resume_from is not None:
+        known["tensorboard"] = {"purge_step": step_of(run_dir.resume_from) + 1}
     return [instantiate(node, **known.get(name, {})) for name, node in config.logger.items()]
 
 

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     record_collectives(run_dir.path)
     status = 1
     try:
-        trainer.loggers = build_loggers(config, run_dir.tracker_id)
+        trainer.loggers = build_loggers(config, run_dir)
         if run_dir.ownership is not None:
             trainer.callbacks.append(OwnershipCheck(run_dir.ownership))
         if rank() == 0:

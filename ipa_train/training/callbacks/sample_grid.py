@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from PIL import Image
 
@@ -18,7 +19,7 @@ from ipa_train.training.strategies import base_shards
 
 
 class SampleGrid(Callback):
-    """Every ``every_steps`` optimizer steps write ``folder/step-N.png``, and show it in wandb where that is a logger.
+    """Every ``every_steps`` optimizer steps write ``folder/step-N.png``; wandb and TensorBoard show it too.
 
     A row for each of ``scales``, the weight of the image prompt beside the caption (as a share of that in training; 0:
     the text alone), and one of the image prompt alone. The image prompts are the first ``num_images`` samples of the
@@ -96,3 +97,5 @@ class SampleGrid(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [picture], step=step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("samples", np.asarray(picture), step, dataformats="HWC")
