@@ -40,6 +40,7 @@ VARIANTS = {
     "projector alone": "#2ca02c",
     "random encoder": "#9467bd",
 }
+SOUND_AFTER_ALL = ("projector alone", "random encoder")
 
 
 def options(variant: str, out: Path) -> list[str]:
@@ -155,11 +156,13 @@ def table(rows: list[dict[str, object]], steps: int) -> str:
 
 
 def picture(rows: list[dict[str, object]], path: Path) -> None:
-    """Training loss above, gap below: all runs over the same steps."""
+    """Training loss above, gap below, of the sound and the broken runs."""
 
     def curves(metric: str, *, band: bool) -> list[Curve]:
         found = []
         for variant, colour in VARIANTS.items():
+            if variant in SOUND_AFTER_ALL:
+                continue
             for seed in sorted({int(str(row["seed"])) for row in rows}):
                 own = [r for r in rows if (r["variant"], r["seed"]) == (variant, seed) and metric in r]
                 points = [(float(str(r["step"])), float(str(r[metric]))) for r in own]
