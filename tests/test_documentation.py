@@ -24,7 +24,7 @@ COMMANDS = sorted(
         line.strip().removeprefix("#").strip().removeprefix("Command:").strip()
         for page in PAGES
         for line in re.sub(r"\\\n\s*", "", page.read_text()).splitlines()
-        if re.match(r"(#\s*Command:\s*|\s*)ipa (train|check|export|import|sample|eval|data) -*[\w./']", line)
+        if re.match(r"(#\s*Command:\s*|\s*)ipa (train|check|export|import|sample|play|eval|data) -*[\w./']", line)
     }
 )
 

@@ -48,7 +48,7 @@ class AdapterPipeline:
         prompt: str,
         image_features: Sequence[Float[Tensor, "n *_"]],
         *,
-        scale: float | None = None,
+        scale: float | Mapping[str, Any] | None = None,
         masks: Sequence[Image.Image] = (),
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
@@ -57,8 +57,9 @@ class AdapterPipeline:
     ) -> list[Image.Image]:
         """Pictures of a prompt and of n image prompts together, by the pipeline's own options.
 
-        ``scale`` is the weight of the image prompts, unless given diffusers' own; ``masks`` are white where each of
-        them counts. Without a ``negative_prompt`` a picture is guided away from what the base takes for no text.
+        ``scale`` is the weight of the image prompts, unless given diffusers' own, or that in each block (see
+        ``layers.py``); ``masks`` are white where each of them counts. Without a ``negative_prompt`` a picture is guided
+        away from what the base takes for no text.
 
         Raises:
             ConfigError: the family's pipeline takes no masks, no several image prompts, or no negative prompt.
@@ -99,6 +100,8 @@ class AdapterPipeline:
         multiple, most = self.base.size_multiple, self.base.schedule.num_timesteps
         if size is not None and (size < multiple or size % multiple):
             raise ConfigError(f"--size {size} must be a multiple of {multiple}.")
+        if size is not None and self.base.max_size is not None and size > self.base.max_size:
+            raise ConfigError(f"--size {size} must be at most {self.base.max_size} for this base.")
         if not 1 <= num_inference_steps <= most:
             raise ConfigError(
                 f"--steps {num_inference_steps} must be from 1 to {most}, which is how finely the base's noise is cut."
@@ -125,9 +128,18 @@ def to_pixels(image: Image.Image) -> UInt8[Tensor, "1 c h w"]:
 
 
 def load_pipeline(
-    base: str, adapter_file: Path, image_encoder: str, *, subfolder: str = "", dtype: str, device: str
+    base: str,
+    adapter_file: Path,
+    image_encoder: str,
+    *,
+    subfolder: str = "",
+    dtype: str,
+    device: str,
+    **base_options: Any,
 ) -> AdapterPipeline:
     """Plain diffusers with an adapter in it; ``image_encoder`` is left aside where the adapter needs none.
+
+    ``base_options`` are those of the family's ``from_pretrained``, such as ``revision``.
 
     Raises:
         ConfigError, ExportError: the base, encoder or file cannot be loaded, or do not belong together.
@@ -150,7 +162,7 @@ def load_pipeline(
                 f"{encoder.feature_dim(kind)}."
             )
     check_image_encoder(metadata, encoder, source=source)
-    frozen = load_base(base, dtype=dtype, vae_dtype=dtype)
+    frozen = load_base(base, dtype=dtype, vae_dtype=dtype, **base_options)
     if frozen.context_dim != adapter.context_dim:
         raise ConfigError(
             f"{source}: made for a base whose image tokens have width {adapter.context_dim}, and {base} has "
