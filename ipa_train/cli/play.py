@@ -8,7 +8,6 @@ machine alone unless --host says otherwise, and fetches nothing from elsewhere. 
 """
 
 import argparse
-import importlib.util
 import ipaddress
 import os
 import socket
@@ -40,12 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve the page until Ctrl-C."""
-    if importlib.util.find_spec("gradio") is None:
-        raise ConfigError("the page is drawn by Gradio, which is not installed: pip install ipa-train[play].")
     _check_address(args.host, args.port)
     base_options = _find_adapter(args)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
-    from ipa_train.cli.play_page import Page, serve
+    try:
+        from ipa_train.cli.play_page import Page, serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the page needs {error.name}, which is not installed: pip install 'ipa-train[play]'."
+        ) from error
     from ipa_train.eval.playground import Playground
 
     own = args.base
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         options = base_options if base == own else {}
         return open_pipeline(argparse.Namespace(**{**vars(args), "base": base}), **options)
 
-    page = Page(Playground(load), adapter=args.adapter, bases=[args.base, *args.other_bases])
+    page = Page(Playground(load), title=_title(args), bases=[args.base, *args.other_bases])
     if not _is_loopback(args.host):
         sys.stderr.write(
             f"ipa play: --host {args.host}: whoever reaches this address can draw here, there is no password.\n"
@@ -90,6 +92,12 @@ def _models_of(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.yaml'}: not the config of a run: {error}.") from error
     return base, encoder
+
+
+def _title(args: argparse.Namespace) -> str:
+    """The name of the file, or of the run and its checkpoint: the file in there is always called the same."""
+    run = None if args.source.is_file() else run_of(args.source)
+    return args.adapter.name if run is None else f"{run.resolve().name}, {args.adapter.parent.name}"
 
 
 def _check_address(host: str, port: int) -> None:

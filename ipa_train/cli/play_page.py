@@ -20,6 +20,7 @@ from ipa_train.eval.layers import Layers, layer_choices
 from ipa_train.eval.playground import Playground, Settings, is_out_of_memory, release_memory
 
 _MAX_HISTORY = 60
+_SECONDS_TO_READ = 30
 _DAY = 24 * 60 * 60
 # Gradio's own fonts come from a server of their own.
 _THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -32,21 +33,21 @@ _STYLE = """
 class Page:
     """The controls, and what they do."""
 
-    def __init__(self, playground: Playground, *, adapter: Path, bases: Sequence[str]) -> None:
+    def __init__(self, playground: Playground, *, title: str, bases: Sequence[str]) -> None:
         """Load the first of ``bases``.
 
         Raises:
             ConfigError, ExportError: it cannot be loaded, or the adapter does not fit it.
         """
-        self._playground, self._adapter, self._bases = playground, adapter, list(dict.fromkeys(bases))
+        self._playground, self._title, self._bases = playground, title, list(dict.fromkeys(bases))
         self._loaded = playground.pipeline(self._bases[0])
 
     def blocks(self) -> gr.Blocks:
         """Lay the page out."""
         encoder, several = self._loaded.image_encoder, len(self._bases) > 1
         layers = layer_choices(self._loaded.base)
-        with gr.Blocks(title=f"ipa play: {self._adapter.name}", delete_cache=(_DAY, _DAY)) as blocks:
-            gr.Markdown(f"## {_plain(self._adapter.name)}")
+        with gr.Blocks(title=f"ipa play: {self._title}", delete_cache=(_DAY, _DAY)) as blocks:
+            gr.Markdown(f"## {_plain(self._title)}")
             gr.Markdown(_plain(self._facts()), elem_classes="facts")
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
@@ -55,6 +56,8 @@ class Page:
                         type="filepath",
                         file_types=["image"],
                         columns=3,
+                        fit_columns=False,
+                        object_fit="contain",
                         height=220,
                         interactive=True,
                         visible=encoder.image_size is not None,
@@ -78,11 +81,10 @@ class Page:
                         elem_id="layers",
                     )
                     with gr.Row():
-                        seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
-                        steps = gr.Number(30, label="Steps", precision=0, minimum=1, elem_id="steps")
-                    with gr.Row():
-                        guidance = gr.Number(None, label="Guidance", placeholder="usual", elem_id="guidance")
-                        size = gr.Number(None, label="Size, pixels", precision=0, placeholder="usual", elem_id="size")
+                        seed = _number("Seed", 0, precision=0)
+                        steps = _number("Steps", 30, precision=0)
+                        guidance = _number("Guidance", self._loaded.own_guidance_scale)
+                        size = _number("Size", self._loaded.own_size, precision=0)
                     base = gr.Dropdown(self._bases, value=self._bases[0], label="Base", visible=several, elem_id="base")
                     button = gr.Button("Draw", variant="primary", elem_id="draw")
                 with gr.Column(scale=3, min_width=480):
@@ -90,7 +92,14 @@ class Page:
                         drawn = _picture("With the image prompts", "drawn")
                         reference = _picture("Same seed at scale 0", "reference")
                     gallery = gr.Gallery(
-                        label="Drawn so far", format="png", columns=6, height=300, interactive=False, elem_id="history"
+                        label="Drawn so far",
+                        format="png",
+                        columns=5,
+                        fit_columns=False,
+                        object_fit="contain",
+                        height=300,
+                        interactive=False,
+                        elem_id="history",
                     )
             history = gr.State([])
             gr.on(
@@ -98,6 +107,7 @@ class Page:
                 self._draw,
                 [pictures, embeddings, base, prompt, scale, preset, seed, steps, guidance, size, history],
                 [drawn, reference, gallery, history],
+                show_progress_on=[drawn],
             )
         return blocks
 
@@ -118,8 +128,8 @@ class Page:
     ) -> tuple[Image.Image, Image.Image, list[tuple[Image.Image, str]], list[tuple[Image.Image, str]]]:
         """Answer the button: the picture, the same seed at scale 0, and all that was drawn in this session."""
         with _complaints_in_the_page():
-            if seed is None or steps is None:
-                raise ConfigError("seed and steps must be whole numbers.")
+            if seed is None or steps is None or guidance is None or size is None:
+                raise ConfigError("seed, steps, guidance and size must be numbers.")
             settings = Settings(
                 base=base,
                 prompt=prompt,
@@ -201,17 +211,31 @@ def _complaints_in_the_page() -> Iterator[None]:
         yield
     except UserError as error:
         message = re.sub(r"(?<![\w-])--(?=[a-z])", "", " ".join(str(error).split()))
-        raise gr.Error(html.escape(message), print_exception=False) from error
+        raise gr.Error(html.escape(message), duration=_SECONDS_TO_READ, print_exception=False) from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         release_memory()
-        raise gr.Error("Out of memory: choose a smaller size.", print_exception=False) from error
+        raise gr.Error(
+            "out of memory: choose a smaller size.", duration=_SECONDS_TO_READ, print_exception=False
+        ) from error
 
 
 def _picture(label: str, name: str) -> gr.Image:
     """One of the two results, to the bit: Gradio's usual format loses some."""
-    return gr.Image(label=label, format="png", interactive=False, height=360, elem_id=name, elem_classes="drawn")
+    return gr.Image(
+        label=label,
+        format="png",
+        height=360,
+        buttons=["download", "fullscreen"],
+        interactive=False,
+        elem_id=name,
+        elem_classes="drawn",
+    )
+
+
+def _number(label: str, value: float, *, precision: int | None = None) -> gr.Number:
+    return gr.Number(value, label=label, precision=precision, min_width=80, elem_id=label.lower())
 
 
 def _caption(settings: Settings) -> str:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,7 @@ class AdapterPipeline:
         if masks and self.adapter.family != "unet":
             raise ConfigError(f"--mask: the pipeline of {self.base.path} takes no masks.")
         if masks:
-            own_size = self.pipeline.unet.config.sample_size * self.base.vae.stride
-            height, width = (options.get(name) or own_size for name in ("height", "width"))
+            height, width = (options.get(name) or self.own_size for name in ("height", "width"))
             stacked = IPAdapterMaskProcessor().preprocess(list(masks), height, width).transpose(0, 1)
             options["cross_attention_kwargs"] = {"ip_adapter_masks": [stacked.to(self.pipeline.device)]}
             self.pipeline.set_ip_adapter_scale([[1.0 if scale is None else scale] * len(masks)])
@@ -90,6 +90,18 @@ class AdapterPipeline:
         options |= {"negative_prompt": negative_prompt, "num_images_per_prompt": num_images_per_prompt}
         images: list[Image.Image] = self.pipeline(prompt, **arguments, **options).images
         return images
+
+    @property
+    def own_size(self) -> int:
+        """Height and width of its pictures, in pixels, where nothing else is asked for."""
+        pipeline = self.pipeline  # that of SD 1 and 2 alone has no name for it
+        latent_size = getattr(pipeline, "default_sample_size", None) or pipeline.unet.config.sample_size
+        return int(latent_size * self.base.vae.stride)
+
+    @property
+    def own_guidance_scale(self) -> float:
+        """Guidance of its pictures, where nothing else is asked for."""
+        return float(signature(self.pipeline.__call__).parameters["guidance_scale"].default)
 
     def check(self, *, size: int | None, num_inference_steps: int) -> None:
         """Refuse a height and width, or a number of steps, that the base cannot draw with.

@@ -27,10 +27,9 @@ class Settings:
     layers: Layers
     seed: int
     num_inference_steps: int
-    guidance_scale: float | None
-    """None: the pipeline's own."""
-    size: int | None
-    """Pixels; None: the base's own."""
+    guidance_scale: float
+    size: int
+    """Height and width, in pixels."""
 
 
 class Playground:
