@@ -27,6 +27,7 @@ _THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospa
 _STYLE = """
 .drawn img { width: 100%; height: 100%; object-fit: contain; }
 .facts { color: var(--body-text-color-subdued); }
+#history .caption-label { font-size: var(--text-xs); max-width: calc(100% - 12px); padding: 1px 6px; }
 """
 
 

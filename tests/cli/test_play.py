@@ -113,10 +113,10 @@ class OpenPage:
     def complaint(self):
         """Press the button; what the page says instead of drawing."""
         self.find("#draw")[0].click()
-        (text,) = self.wait(lambda: self.find(".toast-text"))
-        said = text.text
-        self.find(".toast-close")[0].click()
-        self.wait(lambda: not self.find(".toast-text"))
+        (text,) = self.wait(lambda: self.find(".toast-message-text"))
+        said = text.get_attribute("textContent").strip()  # it may still be on its way into view
+        self.driver.execute_script("arguments[0].click()", *self.find(".toast-close"))
+        self.wait(lambda: not self.find(".toast-message-text"))
         return said
 
     def fetched(self):
@@ -233,7 +233,7 @@ def test_an_adapter_of_another_base_is_refused_before_there_is_a_page(adapter, t
     pytest.importorskip("gradio")
     words = [adapter, "--base", tiny_models[0], "--image-encoder", tiny_models[1], "--port", free_port()]
     assert main(["play", *map(str, words)]) == 2
-    (line,) = capfd.readouterr().err.splitlines()
+    *_, line = capfd.readouterr().err.splitlines()
     assert "made for a base whose image tokens have width 80" in line
 
 
