@@ -1,31 +1,44 @@
-"""Which blocks follow the image prompt: all, or those that carry its style or its composition.
+"""Which blocks of a UNet follow the image prompt, as diffusers' pipelines are told."""
 
-InstantStyle (arXiv 2404.02733) found two transformers of SDXL's UNet that do: ``up_blocks.0.attentions.1`` for style
-(colour, material, atmosphere) and ``down_blocks.2.attentions.1`` for the spatial layout. It names none for other bases.
-"""
-
-from collections.abc import Mapping
+import re
 from typing import Any, Literal
 
-from ipa_train.bases import Base, StableDiffusionXL
+from ipa_train.adapter import blocks
+from ipa_train.bases import Base
+from ipa_train.errors import ConfigError
 
-Layers = Literal["all", "style", "composition"]
+Layers = Literal["all", "style", "layout"]
 
-# What diffusers' set_ip_adapter_scale takes: where nothing is said the scale is 0.
-_FACTORS: Mapping[str, tuple[str, str, tuple[float, ...]]] = {
-    "style": ("up", "block_0", (0.0, 1.0, 0.0)),
-    "composition": ("down", "block_2", (0.0, 1.0)),
-}
+_TRANSFORMER = re.compile(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.")
 
 
 def layer_choices(base: Base) -> tuple[Layers, ...]:
-    """Which of them this base has."""
-    return ("all", "style", "composition") if isinstance(base, StableDiffusionXL) else ("all",)
+    """Those that this base has the blocks for."""
+    try:
+        for layers in ("style", "layout"):
+            layer_scale(base, layers, 1.0)
+    except ConfigError:
+        return ("all",)
+    return ("all", "style", "layout")
 
 
-def layer_scale(layers: Layers, scale: float) -> float | dict[str, Any]:
-    """``scale`` in these blocks and 0 elsewhere, as ``AdapterPipeline.draw`` takes it."""
+def layer_scale(base: Base, layers: Layers, scale: float) -> float | dict[str, Any]:
+    """``scale`` in these blocks and 0 in all others, in the words of ``set_ip_adapter_scale``.
+
+    Raises:
+        ConfigError: the base has no such blocks.
+    """
     if layers == "all":
         return scale
-    side, block, factors = _FACTORS[layers]
-    return {side: {block: [scale * factor for factor in factors]}}
+    sites = base.attention_sites()
+    scales = (blocks.style if layers == "style" else blocks.layout)(sites, scale)
+    by_block: dict[str, dict[str, dict[str, float]]] = {"down": {}, "up": {}}
+    for site in sites:
+        if found := _TRANSFORMER.match(site.name):
+            side, block, transformer = found.groups()
+            by_block[side].setdefault(f"block_{block}", {})[transformer] = scales.get(site.name, 0.0)
+    middle = max((value for name, value in scales.items() if name.startswith("mid_block.")), default=0.0)
+    return {"mid": middle} | {
+        side: {block: list(transformers.values()) for block, transformers in named.items()}
+        for side, named in by_block.items()
+    }

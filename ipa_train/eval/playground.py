@@ -87,7 +87,7 @@ class Playground:
             drawn += loaded.draw(
                 wanted.prompt,
                 features,
-                scale=layer_scale(wanted.layers, wanted.scale),
+                scale=layer_scale(loaded.base, wanted.layers, wanted.scale),
                 guidance_scale=wanted.guidance_scale,
                 height=wanted.size,
                 width=wanted.size,
