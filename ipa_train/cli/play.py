@@ -57,10 +57,6 @@ def run(args: argparse.Namespace) -> int:
         return open_pipeline(argparse.Namespace(**{**vars(args), "base": base}), **options)
 
     page = Page(Playground(load), title=_title(args), bases=[args.base, *args.other_bases])
-    if not _is_loopback(args.host):
-        sys.stderr.write(
-            f"ipa play: --host {args.host}: whoever reaches this address can draw here, there is no password.\n"
-        )
     serve(page, host=args.host, port=args.port)
     return 0
 
@@ -101,7 +97,7 @@ def _title(args: argparse.Namespace) -> str:
 
 
 def _check_address(host: str, port: int) -> None:
-    """Find out before minutes of loading whether the page can be served there."""
+    """Find out before minutes of loading whether the page can be served there, and by whom it can be seen."""
     if not 1 <= port <= 65535:
         raise ConfigError(f"--port must be from 1 to 65535, got {port}.")
     try:
@@ -111,6 +107,8 @@ def _check_address(host: str, port: int) -> None:
         raise ConfigError(
             f"--host {host} --port {port}: cannot listen there ({error.strerror or error}): name another."
         ) from error
+    if not _is_loopback(host):
+        sys.stderr.write(f"ipa play: --host {host}: whoever reaches this address can draw here, without a password.\n")
 
 
 def _is_loopback(host: str) -> bool:

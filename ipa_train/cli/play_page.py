@@ -82,7 +82,7 @@ class Page:
                         elem_id="layers",
                     )
                     with gr.Row():
-                        seed = _number("Seed", 0, precision=0)
+                        seed = _number("Seed", 0, precision=0, minimum=0, maximum=2**32 - 1)
                         steps = _number("Steps", 30, precision=0)
                         guidance = _number("Guidance", self._loaded.own_guidance_scale)
                         size = _number("Size", self._loaded.own_size, precision=0)
@@ -92,8 +92,9 @@ class Page:
                     with gr.Row():
                         drawn = _picture("With the image prompts", "drawn")
                         reference = _picture("Same seed at scale 0", "reference")
-                    gallery = gr.Gallery(
+                    history = gr.Gallery(
                         label="Drawn so far",
+                        type="filepath",
                         format="png",
                         columns=5,
                         fit_columns=False,
@@ -102,12 +103,11 @@ class Page:
                         interactive=False,
                         elem_id="history",
                     )
-            history = gr.State([])
             gr.on(
                 [button.click, prompt.submit],
                 self._draw,
                 [pictures, embeddings, base, prompt, scale, preset, seed, steps, guidance, size, history],
-                [drawn, reference, gallery, history],
+                [drawn, reference, history],
                 show_progress_on=[drawn],
             )
         return blocks
@@ -124,10 +124,10 @@ class Page:
         steps: int | None,
         guidance: float | None,
         size: int | None,
-        history: list[tuple[Image.Image, str]],
+        history: list[tuple[str, str | None]] | None,
         progress: Any = gr.Progress(),  # noqa: B008 - Gradio looks for it among the defaults
-    ) -> tuple[Image.Image, Image.Image, list[tuple[Image.Image, str]], list[tuple[Image.Image, str]]]:
-        """Answer the button: the picture, the same seed at scale 0, and all that was drawn in this session."""
+    ) -> tuple[Image.Image, Image.Image, list[tuple[Image.Image | str, str | None]]]:
+        """Answer the button: the picture, the same seed at scale 0, and the history with the picture before it."""
         with _complaints_in_the_page():
             if seed is None or steps is None or guidance is None or size is None:
                 raise ConfigError("seed, steps, guidance and size must be numbers.")
@@ -147,8 +147,7 @@ class Page:
                 read_embeddings([(Path(path).name, Path(path)) for path in embeddings or []]),
                 lambda done, steps: progress((done, steps), unit="steps"),
             )
-        history = [(drawn, _caption(settings)), *history][:_MAX_HISTORY]
-        return drawn, reference, history, history
+        return drawn, reference, [(drawn, _caption(settings)), *(history or [])][:_MAX_HISTORY]
 
     def _usual_scale(self) -> float:
         return 0.5 if self._loaded.adapter.family == "sd3" else 1.0
@@ -235,8 +234,8 @@ def _picture(label: str, name: str) -> gr.Image:
     )
 
 
-def _number(label: str, value: float, *, precision: int | None = None) -> gr.Number:
-    return gr.Number(value, label=label, precision=precision, min_width=80, elem_id=label.lower())
+def _number(label: str, value: float, **options: Any) -> gr.Number:
+    return gr.Number(value, label=label, min_width=80, elem_id=label.lower(), **options)
 
 
 def _caption(settings: Settings) -> str:

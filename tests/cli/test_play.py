@@ -229,6 +229,12 @@ def test_mistakes_at_the_start_are_one_line(words, said, adapter, capfd):
     assert re.search(said, line)
 
 
+def test_other_hosts_than_this_machine_are_warned_of(tmp_path, capfd):
+    for host, warned in (("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)):
+        assert main(["play", str(tmp_path), "--host", host, "--port", str(free_port())]) == 2
+        assert ("whoever reaches this address can draw here" in capfd.readouterr().err) == warned
+
+
 def test_an_adapter_of_another_base_is_refused_before_there_is_a_page(adapter, tiny_models, capfd):
     pytest.importorskip("gradio")
     words = [adapter, "--base", tiny_models[0], "--image-encoder", tiny_models[1], "--port", free_port()]
