@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ipa_train.cli.image_prompts import read_embeddings, read_picture
 from ipa_train.errors import ConfigError, UserError
 from ipa_train.eval.layers import Layers, layer_choices
-from ipa_train.eval.playground import Playground, Settings, is_out_of_memory, release_memory
+from ipa_train.eval.playground import Playground, Settings, is_out_of_memory
 
 _MAX_HISTORY = 60
 _SECONDS_TO_READ = 30
@@ -126,7 +126,7 @@ class Page:
         size: int | None,
         history: list[tuple[str, str | None]] | None,
         progress: Any = gr.Progress(),  # noqa: B008 - Gradio looks for it among the defaults
-    ) -> tuple[Image.Image, Image.Image, list[tuple[Image.Image | str, str | None]]]:
+    ) -> tuple[Image.Image, Image.Image, list[tuple[Any, str | None]]]:
         """Answer the button: the picture, the same seed at scale 0, and the history with the picture before it."""
         with _complaints_in_the_page():
             if seed is None or steps is None or guidance is None or size is None:
@@ -147,7 +147,9 @@ class Page:
                 read_embeddings([(Path(path).name, Path(path)) for path in embeddings or []]),
                 lambda done, steps: progress((done, steps), unit="steps"),
             )
-        return drawn, reference, [(drawn, _caption(settings)), *(history or [])][:_MAX_HISTORY]
+        # Older entries are files already; only the new picture has to be written.
+        shown: list[tuple[Any, str | None]] = [(drawn, _caption(settings)), *(history or [])]
+        return drawn, reference, shown[:_MAX_HISTORY]
 
     def _usual_scale(self) -> float:
         return 0.5 if self._loaded.adapter.family == "sd3" else 1.0
@@ -215,7 +217,6 @@ def _complaints_in_the_page() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        release_memory()
         raise gr.Error(
             "out of memory: choose a smaller size.", duration=_SECONDS_TO_READ, print_exception=False
         ) from error

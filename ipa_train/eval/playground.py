@@ -48,7 +48,7 @@ class Playground:
         """
         if self._loaded is None or self._loaded[0] != base:
             self._loaded = None  # first, since two may not fit into memory together
-            release_memory()
+            _release_memory()
             pipeline = self._load(base)
             pipeline.pipeline.set_progress_bar_config(disable=True)
             self._loaded = (base, pipeline)
@@ -101,18 +101,18 @@ class Playground:
         return drawn[0], self._reference[1]
 
 
-def release_memory() -> None:
-    """Give what nothing refers to any more back to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the host had none left, which the host's allocator says in words alone."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
+
+
+def _release_memory() -> None:
+    """Give what nothing refers to any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _check_image_prompts(loaded: AdapterPipeline, num_pictures: int, num_embeddings: int) -> None:
