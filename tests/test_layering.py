@@ -28,6 +28,7 @@ HOMES = {
     "diffusers": {"bases", "export", "eval"},
     "transformers": {"bases", "conditioning", "eval"},
     "torchmetrics": {"eval"},
+    "gradio": {"cli"},
     "deepspeed": set(),
     "wandb": set(),
 }

@@ -123,9 +123,7 @@ def _read_file(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, A
 
 
 def _read_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    checkpoint = _find_checkpoint(args.source)
-    if (checkpoint / NO_EXPORT).is_file():
-        raise ExportError(f"{checkpoint}: there is nothing to export: {(checkpoint / NO_EXPORT).read_text().strip()}.")
+    checkpoint = find_checkpoint(args.source)
     _, metadata = read_adapter_file(checkpoint / f"{NAME}.safetensors")
     names = json.loads(metadata.pop("state_names"))
     averaged = (checkpoint / "ema.safetensors").exists() and not args.no_ema
@@ -134,11 +132,20 @@ def _read_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[
     return {theirs: weights[ours] for ours, theirs in names.items()}, metadata | {"ema": averaged}
 
 
-def _find_checkpoint(source: Path) -> Path:
+def find_checkpoint(source: Path) -> Path:
+    """A checkpoint, or the newest valid one of a run's folder; it holds an export.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        ExportError: what was trained is no adapter that a file could hold.
+    """
+    checkpoint: Path | None = source
     if (source / "manifest.json").is_file():
         verify(source)
-        return source
-    newest = newest_valid(source / "checkpoints")
-    if newest is None:
+    else:
+        checkpoint = newest_valid(source / "checkpoints")
+    if checkpoint is None:
         raise CheckpointError(f"{source}: neither a checkpoint nor a run with checkpoints; give outputs/RUN_NAME.")
-    return newest
+    if (checkpoint / NO_EXPORT).is_file():
+        raise ExportError(f"{checkpoint}: there is nothing to export: {(checkpoint / NO_EXPORT).read_text().strip()}.")
+    return checkpoint

@@ -37,6 +37,7 @@ VERBS = {
     "push": "upload an export with its model card to the Hugging Face hub",
     "import": "say what an adapter file is, and who can load it",
     "sample": "generate pictures with an adapter file",
+    "play": "try an adapter in a web page",
     "eval": "score an adapter file by the paper's protocol, with a report",
     "data": "tools over shards: index, pack, validate and more",
 }

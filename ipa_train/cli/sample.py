@@ -9,16 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageOps
 
+from ipa_train.cli.image_prompts import read_embeddings, read_picture
 from ipa_train.cli.pipeline import add_pipeline_arguments, open_pipeline, writing
-from ipa_train.data.decode import decode_image
-from ipa_train.data.embedding import read_embedding
-from ipa_train.errors import ConfigError, DataError
+from ipa_train.errors import ConfigError
 from ipa_train.runtime.files import atomic_write
-
-_MAX_PIXELS = 200_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
     from ipa_train.eval.generate import grid, seeds
 
     _check(args)
-    pictures = [_open(path, "--image") for path in args.image]
-    embeddings = _read_embeddings(args.embedding)
+    pictures = [read_picture(path, f"--image {path}") for path in args.image]
+    embeddings = read_embeddings([(f"--embedding {path}", path) for path in args.embedding])
     loaded = open_pipeline(args)
     loaded.check(size=args.size, num_inference_steps=args.steps)
     needed: list[tuple[str, Sequence[Any], object]] = [("--image", pictures, loaded.image_encoder.image_size)]
@@ -70,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             args.prompt,
             [kind[row] for kind in features],
             scale=args.scale,
-            masks=[_open(path, "--mask") for path in args.mask],
+            masks=[read_picture(path, f"--mask {path}") for path in args.mask],
             guidance_scale=args.guidance,
             negative_prompt=args.negative_prompt,
             num_images_per_prompt=args.num,
@@ -102,28 +98,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"each image prompt needs one of each, got {given}.")
     if args.mask and not args.together:
         raise ConfigError("--mask says which part each of several image prompts counts for: add --together.")
-
-
-def _read_embeddings(paths: Sequence[Path]) -> torch.Tensor | None:
-    rows = []
-    for path in paths:
-        try:
-            rows.append(torch.from_numpy(read_embedding(path.read_bytes(), None)))
-        except (OSError, DataError) as error:
-            raise ConfigError(f"--embedding {path}: no embedding that can be read: {error}.") from error
-    if len({row.shape for row in rows}) > 1:
-        raise ConfigError(
-            f"--embedding: the files have different shapes: {', '.join(str(tuple(r.shape)) for r in rows)}."
-        )
-    return torch.stack(rows) if rows else None
-
-
-def _open(path: Path, option: str) -> Image.Image:
-    """The picture upright and on white, as in training."""
-    try:
-        return decode_image(path.read_bytes(), max_pixels=_MAX_PIXELS)
-    except (OSError, DataError) as error:
-        raise ConfigError(f"{option} {path}: no picture that can be read: {error}.") from error
 
 
 def _save(image: Image.Image, path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class AdapterPipeline:
         prompt: str,
         image_features: Sequence[Float[Tensor, "n *_"]],
         *,
-        scale: float | None = None,
+        scale: float | Mapping[str, Any] | None = None,
         masks: Sequence[Image.Image] = (),
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
@@ -57,8 +58,9 @@ class AdapterPipeline:
     ) -> list[Image.Image]:
         """Pictures of a prompt and of n image prompts together, by the pipeline's own options.
 
-        ``scale`` is the weight of the image prompts, unless given diffusers' own; ``masks`` are white where each of
-        them counts. Without a ``negative_prompt`` a picture is guided away from what the base takes for no text.
+        ``scale`` is the weight of the image prompts, unless given diffusers' own, or that in each block (see
+        ``layers.py``); ``masks`` are white where each of them counts. Without a ``negative_prompt`` a picture is guided
+        away from what the base takes for no text.
 
         Raises:
             ConfigError: the family's pipeline takes no masks, no several image prompts, or no negative prompt.
@@ -79,8 +81,7 @@ class AdapterPipeline:
         if masks and self.adapter.family != "unet":
             raise ConfigError(f"--mask: the pipeline of {self.base.path} takes no masks.")
         if masks:
-            own_size = self.pipeline.unet.config.sample_size * self.base.vae.stride
-            height, width = (options.get(name) or own_size for name in ("height", "width"))
+            height, width = (options.get(name) or self.own_size for name in ("height", "width"))
             stacked = IPAdapterMaskProcessor().preprocess(list(masks), height, width).transpose(0, 1)
             options["cross_attention_kwargs"] = {"ip_adapter_masks": [stacked.to(self.pipeline.device)]}
             self.pipeline.set_ip_adapter_scale([[1.0 if scale is None else scale] * len(masks)])
@@ -89,6 +90,18 @@ class AdapterPipeline:
         options |= {"negative_prompt": negative_prompt, "num_images_per_prompt": num_images_per_prompt}
         images: list[Image.Image] = self.pipeline(prompt, **arguments, **options).images
         return images
+
+    @property
+    def own_size(self) -> int:
+        """Height and width of its pictures, in pixels, where nothing else is asked for."""
+        pipeline = self.pipeline  # that of SD 1 and 2 alone has no name for it
+        latent_size = getattr(pipeline, "default_sample_size", None) or pipeline.unet.config.sample_size
+        return int(latent_size * self.base.vae.stride)
+
+    @property
+    def own_guidance_scale(self) -> float:
+        """Guidance of its pictures, where nothing else is asked for."""
+        return float(signature(self.pipeline.__call__).parameters["guidance_scale"].default)
 
     def check(self, *, size: int | None, num_inference_steps: int) -> None:
         """Refuse a height and width, or a number of steps, that the base cannot draw with.
@@ -99,6 +112,8 @@ class AdapterPipeline:
         multiple, most = self.base.size_multiple, self.base.schedule.num_timesteps
         if size is not None and (size < multiple or size % multiple):
             raise ConfigError(f"--size {size} must be a multiple of {multiple}.")
+        if size is not None and self.base.max_size is not None and size > self.base.max_size:
+            raise ConfigError(f"--size {size} must be at most {self.base.max_size} for this base.")
         if not 1 <= num_inference_steps <= most:
             raise ConfigError(
                 f"--steps {num_inference_steps} must be from 1 to {most}, which is how finely the base's noise is cut."
@@ -125,9 +140,18 @@ def to_pixels(image: Image.Image) -> UInt8[Tensor, "1 c h w"]:
 
 
 def load_pipeline(
-    base: str, adapter_file: Path, image_encoder: str, *, subfolder: str = "", dtype: str, device: str
+    base: str,
+    adapter_file: Path,
+    image_encoder: str,
+    *,
+    subfolder: str = "",
+    dtype: str,
+    device: str,
+    **base_options: Any,
 ) -> AdapterPipeline:
     """Plain diffusers with an adapter in it; ``image_encoder`` is left aside where the adapter needs none.
+
+    ``base_options`` are those of the family's ``from_pretrained``, such as ``revision``.
 
     Raises:
         ConfigError, ExportError: the base, encoder or file cannot be loaded, or do not belong together.
@@ -150,7 +174,7 @@ def load_pipeline(
                 f"{encoder.feature_dim(kind)}."
             )
     check_image_encoder(metadata, encoder, source=source)
-    frozen = load_base(base, dtype=dtype, vae_dtype=dtype)
+    frozen = load_base(base, dtype=dtype, vae_dtype=dtype, **base_options)
     if frozen.context_dim != adapter.context_dim:
         raise ConfigError(
             f"{source}: made for a base whose image tokens have width {adapter.context_dim}, and {base} has "
