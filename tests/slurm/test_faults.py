@@ -38,7 +38,7 @@ def nodes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def num_steps(num_kills):
     """So many that the campaign comes to its end before the training."""
-    return 20 + 10 * num_kills
+    return 20 + 20 * num_kills
 
 
 @pytest.fixture(scope="module")
@@ -187,19 +187,21 @@ def test_killed_again_and_again(nodes, submit, folder, assert_as_left_alone, num
         return bool(living()) and len(steps) >= by_steps + (num_steps if now == restart else 0)
 
     for number, fault in enumerate(faults, start=1):
-        by_steps = rng.choice((0, 1, 2, 4, 8))
-        until(lambda by_steps=by_steps: goes_on(by_steps), f"training goes on after fault {number - 1}: {job.log}")
-        time.sleep(rng.uniform(0, 0.5 if by_steps else 10))
-        restart, num_steps = newest(run)[0], len(newest(run)[1])
-        victim = rng.choice(living())
-        _log.info("%d: %s of rank %d on %s, restart %d", number, fault, victim.rank, victim.node, victim.restart)
-        _log.info("   after %s", newest(run)[1][-1:] if victim.restart == restart else "no step")
-        restart, num_steps = victim.restart, num_steps if victim.restart == restart else 0
+        by_steps, seconds, rank = rng.choice((0, 1, 2, 4, 8)), rng.random(), rng.randrange(2)
+        victim = None
+        while victim is None:
+            until(lambda by_steps=by_steps: goes_on(by_steps), f"training goes on after fault {number - 1}")
+            time.sleep(seconds * (0.5 if by_steps else 10))
+            victim = next((process for process in living() if process.rank == rank), None)
+        restart, num_steps = victim.restart, len(starts(run).get(victim.restart, []))
+        _log.info(
+            "%d: %s of rank %d on %s in restart %d, %d steps", number, fault, rank, victim.node, restart, num_steps
+        )
         if fault.startswith("SIG"):
             os.kill(victim.pid, getattr(signal, fault))
         elif fault == "controller-kill":
             nodes.kill_controller()
-            time.sleep(rng.uniform(0, 10))
+            time.sleep(rng.uniform(0, 5))
             nodes.start_controller()
         else:
             (nodes.kill_node if fault == "node-kill" else nodes.kill_slurmd)(victim.node)
