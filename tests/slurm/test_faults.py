@@ -111,6 +111,10 @@ def reach(run, steps, *, after=-1):
     return newest(run)[0]
 
 
+def rank(job, number):
+    return next(process for process in job.ranks() if process.rank == number)
+
+
 def most_repeated(run):
     """The largest number of steps that a start had to do again."""
     made = [steps for _, steps in sorted(starts(run).items()) if steps]
@@ -123,23 +127,24 @@ def test_an_element_told_to_stop_comes_back_without_the_others(array, assert_as_
 
 
 def test_preempted_twice_and_robbed_of_a_node(nodes, submit, folder, assert_as_left_alone):
-    """And without a controller for a while."""
+    """By a job of higher priority; by a signal, while there is no controller that could take the job back."""
     job, run = submit("robbed"), folder / "outputs" / "robbed"
     first = reach(run, 3)
     urgent = ("--partition=high", "--nodes=3", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=true")
     nodes.run("sbatch", *urgent, folder=folder)
     second = reach(run, 3, after=first)
-    job.signal("USR1")
+    nodes.kill_controller()
+    until(lambda: len(newest(run)[1]) >= 6, "training goes on without a controller")
+    os.kill(rank(job, 1).pid, signal.SIGUSR1)
+    until(lambda: not job.ranks(), "all ranks have ended")
+    nodes.start_controller()
     third = reach(run, 3, after=second)
     assert (second, third) == (1, 2)
     assert most_repeated(run) <= 0, "no step is lost when told to stop"
-    lost = next(process.node for process in job.ranks() if process.rank == 0)
+    lost = rank(job, 0).node
     nodes.kill_node(lost)
     last = reach(run, 1, after=third)
     assert lost not in {process.node for process in job.ranks()}
-    nodes.kill_controller()
-    until(lambda: len(newest(run)[1]) >= 3, "training goes on without a controller")
-    nodes.start_controller()
     nodes.start_node(lost)
     job.wait(seconds=PATIENCE_SECONDS)
     assert newest(run)[0] == job.num_restarts == last
@@ -153,7 +158,7 @@ def test_a_job_with_a_stuck_process_ends_and_comes_back(submit, folder, assert_a
     job = submit("stuck", *limits, "data.num_workers=1", environment={"SLURM_WAIT": "10"})
     run = folder / "outputs" / "stuck"
     first = reach(run, 2)
-    os.kill(next(process.pid for process in job.ranks() if process.rank == 1), signal.SIGSTOP)
+    os.kill(rank(job, 1).pid, signal.SIGSTOP)
     second = reach(run, 2, after=first)
     assert "ended by" in (run / "logs" / "rank-0.log").read_text(), "the collective timed out"
     for worker in job.data_workers(1):
