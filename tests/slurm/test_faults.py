@@ -209,9 +209,13 @@ def test_killed_again_and_again(nodes, submit, folder, assert_as_left_alone, num
             nodes.kill_controller()
             time.sleep(rng.uniform(0, 5))
             nodes.start_controller()
-        else:
-            (nodes.kill_node if fault == "node-kill" else nodes.kill_slurmd)(victim.node)
+        elif fault == "node-kill":
+            nodes.kill_node(victim.node)
             time.sleep(rng.uniform(0, 20))
+            nodes.start_node(victim.node)
+        else:
+            nodes.kill_slurmd(victim.node)
+            until(lambda old=restart: all(process.restart != old for process in job.ranks()), "the older start ends")
             nodes.start_node(victim.node)
     job.wait(seconds=PATIENCE_SECONDS)
     _log.info("%d restarts, at most %d steps again", job.num_restarts, most_repeated(run))
