@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,10 +135,11 @@ def test_preempted_twice_and_robbed_of_a_node(nodes, submit, folder, assert_as_l
     urgent = ("--partition=high", "--nodes=3", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=true")
     nodes.run("sbatch", *urgent, folder=folder)
     second = reach(run, 3, after=first)
+    log = Path(job.shown("StdOut"))
     nodes.kill_controller()
     until(lambda: len(newest(run)[1]) >= 6, "training goes on without a controller")
     os.kill(rank(job, 1).pid, signal.SIGUSR1)
-    until(lambda: not job.ranks(), "all ranks have ended")
+    until(lambda: "Unable to contact slurm controller" in log.read_text(), "the script has asked for its return")
     nodes.start_controller()
     third = reach(run, 3, after=second)
     assert (second, third) == (1, 2)
