@@ -35,6 +35,13 @@ tqdm.set_lock(threading.RLock())
 
 def pytest_addoption(parser):
     parser.addoption("--write-table", action="store_true", help="write what tests/compatibility finds into the docs")
+    parser.addoption("--kills", type=int, default=4, help="faults that tests/slurm/test_faults.py has in a row")
+
+
+@pytest.fixture(scope="session")
+def num_kills(request):
+    """How many faults a training on a cluster has to stand."""
+    return request.config.getoption("--kills")
 
 
 @pytest.fixture(scope="session")

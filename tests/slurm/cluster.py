@@ -87,6 +87,17 @@ class Cluster:
         subprocess.run([str(SCRIPT), *arguments], env=environment, check=True, capture_output=True, timeout=60)
 
 
+@dataclass(frozen=True)
+class Process:
+    """A training process of a job, or a data worker of one."""
+
+    pid: int
+    parent: int
+    node: str
+    restart: int
+    rank: int
+
+
 @dataclass
 class Job:
     """A submitted job, or one element of an array: ``job.element(3)``."""
@@ -131,6 +142,35 @@ class Job:
         while self.cluster.run("squeue", "--noheader", "--states=running,completing,pending", "--job", self.number):
             assert time.monotonic() < end, f"job {self.number} goes on:\n{self.log}"
             time.sleep(0.3)
+
+    def ranks(self):
+        """The training processes that live, of whatever start: an older one may live on beside the newest."""
+        processes = self._processes()
+        pids = {process.pid for process in processes}
+        return [process for process in processes if process.parent not in pids]
+
+    def data_workers(self, rank):
+        """The processes that read for a rank."""
+        processes = self._processes()
+        pids = {process.pid for process in processes}
+        return [process for process in processes if process.parent in pids and process.rank == rank]
+
+    def _processes(self):
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                entries = (folder / "environ").read_text(errors="replace").split("\0")
+                arguments = (folder / "cmdline").read_text(errors="replace").split("\0")
+                parent = int(re.search(r"^PPid:\s*(\d+)", (folder / "status").read_text(), re.MULTILINE)[1])
+            except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is another user's
+                continue
+            environment = dict(entry.split("=", 1) for entry in entries if "=" in entry)
+            mine = ("SLURM_CONF", self.cluster.environment["SLURM_CONF"]), ("SLURM_JOB_ID", self.number)
+            if arguments[2:3] == ["train"] and set(mine) <= environment.items():
+                node, restart = environment["SLURMD_NODENAME"], int(environment.get("SLURM_RESTART_COUNT", 0))
+                rank = int(environment["SLURM_PROCID"])
+                found.append(Process(int(folder.name), parent, node, restart, rank))
+        return found
 
     def signal(self, name):
         """Send a signal to all processes of the job, as Slurm does before the time limit."""

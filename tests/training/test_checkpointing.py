@@ -63,6 +63,15 @@ def test_a_run_whose_data_end_is_saved_and_goes_on(tmp_path):
     assert resumed.global_step == 5
 
 
+def test_a_start_without_a_step_leaves_no_new_checkpoint(tmp_path):
+    """Else a run that crashes in its first steps would look to a batch script as if it went on."""
+    fit(1, tmp_path)
+    first = tmp_path / "step-00000000"
+    written = first.stat().st_mtime_ns
+    fit(1, tmp_path, resume=first)
+    assert first.stat().st_mtime_ns == written
+
+
 class StopAt(Callback):
     def __init__(self, step):
         self.step = step

@@ -78,8 +78,11 @@ class Checkpointing(Checkpoint):
             self._best = dict(state_dict)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the untrained adapter, to compare with; take the checkpoint that a run resumes from as saved."""
-        if trainer.global_step == 0:
+        """Save the untrained adapter, to compare with; take the checkpoint that a run resumes from as saved.
+
+        That of step 0 as well: saved again it would look, to a batch script, like progress at every start.
+        """
+        if trainer.global_step == 0 and trainer.ckpt_path is None:
             self._saved_step = -1
             self._save(trainer, pl_module)
         self._saved_step = trainer.global_step
