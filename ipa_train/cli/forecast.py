@@ -29,6 +29,7 @@ class Device:
     """Peak in bf16; None where it is not known."""
     is_here: bool
     """Whether it is in this machine."""
+    is_gpu: bool = True
 
     @property
     def room_gib(self) -> float:
@@ -51,7 +52,7 @@ def device_of_run(config: DictConfig, gpu: str | None) -> Device:
         tflops = None if found is None else found.tflops
         return Device(properties.name, properties.total_memory / 2**30, tflops, is_here=True)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("this machine", memory / 2**30, None, is_here=True)
+    return Device("this machine", memory / 2**30, None, is_here=True, is_gpu=False)
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,12 @@ def plan_of_run(data: StreamingDataModule, trainer: Trainer, num_processes: int 
 def choose_checkpointing(
     config: DictConfig, module: AdapterTraining, data: StreamingDataModule, plan: Plan, device: Device
 ) -> str | None:
-    """Apply the fastest policy that fits into the device's memory, and return it: ``acceleration.checkpointing=auto``.
+    """Apply the fastest policy that fits into a GPU's memory, and return it: ``acceleration.checkpointing=auto``.
 
-    None where the config names a policy itself.
+    None where the config names a policy itself, and on a CPU, which shares its memory with all else that runs.
     """
     acceleration: Acceleration = instantiate(config.acceleration)
-    if not acceleration.is_automatic:
+    if not acceleration.is_automatic or not device.is_gpu:
         return None
     batch = data.first_batch(1, bucket=data.largest_bucket)
     return acceleration.choose_checkpointing(
