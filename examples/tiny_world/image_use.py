@@ -28,6 +28,7 @@ from ipa_train.cli.config import load_config
 from ipa_train.cli.main import main as ipa
 from ipa_train.runtime.logging import setup_logging
 from ipa_train.training.module import AdapterTraining
+from ipa_train.training.run_dir import RunDir
 
 ENCODER = Path(__file__).parent / "base" / "image_encoder"
 HELD_OUT = 128
@@ -105,8 +106,8 @@ def train(variant: str, seed: int, args: argparse.Namespace) -> Path:
     data = build_data(config, module)
     if variant == "wrong encoder":
         data.encoders = None  # without the check that refuses such features
-    trainer = build_trainer(config, data)
-    trainer.loggers = build_loggers(config, None)
+    trainer = build_trainer(config, module, data)
+    trainer.loggers = build_loggers(config, RunDir(run, resume_from=None, tracker_id=None))
     trainer.fit(module, data)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(OmegaConf.to_yaml(config))

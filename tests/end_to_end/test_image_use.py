@@ -111,7 +111,7 @@ def test_samples_of_the_training_shards_are_those_that_come_last(train_command):
     config = load_config([*train_command("x")[1:], *SMALL, "data.num_lanes=2", "data.window_size=10"])
     module = build_module(config)
     data = build_data(config, module)
-    trainer = build_trainer(config, data)
+    trainer = build_trainer(config, module, data)
     (callback,) = (one for one in trainer.callbacks if type(one).__name__ == "ImageUse")
     keys = set(callback._samples.batch(0, 12).keys)
     assert len(keys) == 12
@@ -142,8 +142,9 @@ def test_mistakes_are_named_before_anything_is_written(train_command, shards, tm
     given = [f"callbacks.image_use.{option.format(shards=shards, few=few)}" for option in options if "=" in option]
     given += ["callbacks.early_stopping.metric=val/gap_other"] if "early" in options else []
     config = load_config([*train_command("x")[1:], *given])
+    module = build_module(config)
     with pytest.raises(ConfigError, match=message):
-        build_trainer(config, build_data(config, build_module(config)))
+        build_trainer(config, module, build_data(config, module))
     assert not (tmp_path / "x").exists()
 
 

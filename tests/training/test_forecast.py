@@ -14,7 +14,7 @@ from ipa_train.bases import StableDiffusion3, StableDiffusionXL
 from ipa_train.bases.tiny import tiny_pipeline
 from ipa_train.cli.forecast import Device, Plan, describe_memory, forecast_memory
 from ipa_train.errors import ConfigError
-from ipa_train.training.callbacks.metric_logging import MetricLogging
+from ipa_train.training.callbacks.metric_logging import SETTLED_STEPS, MetricLogging
 from ipa_train.training.csv_log import CSVLog
 from ipa_train.training.ema import AdapterEMA
 from ipa_train.training.forecast import RESERVE_GIB, forecast, largest_batch_size, rehearse
@@ -182,14 +182,16 @@ def test_what_is_elsewhere_is_not_needed_here(make_module, flux):
 
 
 def test_the_log_says_how_much_arithmetic_is_done(make_module, tmp_path):
-    """From images per second."""
+    """From images per second, once a start has settled."""
     module = make_module()
     per_image = rehearse(module, make_batch(range(1))).model_flops
     log = CSVLog(path=str(tmp_path / "metrics.csv"))
-    batches = [make_batch(range(4)) for _ in range(4)]
-    trainer = make_trainer(4, [MetricLogging(progress=False)], logger=log, log_every_n_steps=2)
+    batches = [make_batch(range(4)) for _ in range(SETTLED_STEPS + 4)]
+    trainer = make_trainer(len(batches), [MetricLogging(progress=False)], logger=log, log_every_n_steps=2)
     trainer.fit(module, DataLoader(batches, batch_size=None))
-    for row in rows(log.path):
+    *first, second_last, last = rows(log.path)
+    assert all(not row["perf/tflops"] for row in first)
+    for row in (second_last, last):
         assert float(row["perf/tflops"]) == pytest.approx(float(row["perf/images_per_second"]) * per_image / 1e12)
         assert "perf/mfu" not in row, "this CPU's peak is not known"
 

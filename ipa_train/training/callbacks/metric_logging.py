@@ -19,6 +19,8 @@ from ipa_train.training.status_line import StatusLine
 from ipa_train.training.stragglers import Stragglers
 from ipa_train.training.throughput import Arithmetic, Throughput, num_pixels, peak_memory_gib
 
+SETTLED_STEPS = 10
+"""After so many steps a start counts its arithmetic: the first ones say nothing of its speed."""
 _log = logging.getLogger(__name__)
 
 
@@ -27,9 +29,9 @@ class MetricLogging(Callback):
 
     Every ``trainer.log_every_n_steps`` optimizer steps and at the last one, with a single all-reduce. Means are over
     all samples of all ranks since the last time; ``perf/peak_memory_gib`` is the mean over ranks, and so are
-    ``perf/tflops`` and ``perf/mfu`` (see ``Arithmetic``). ``progress``: a bar (true), lines (false), or a bar if stderr
-    is a terminal (null). A rank whose slowness costs the others more than ``max_straggler_fraction`` of the time is
-    named (see ``Stragglers``).
+    ``perf/tflops`` and ``perf/mfu`` (see ``Arithmetic``), which begin after :data:`SETTLED_STEPS`. ``progress``: a bar
+    (true), lines (false), or a bar if stderr is a terminal (null). A rank whose slowness costs the others more than
+    ``max_straggler_fraction`` of the time is named (see ``Stragglers``).
     """
 
     def __init__(self, *, progress: bool | None = None, max_straggler_fraction: float = 0.1) -> None:
@@ -38,11 +40,12 @@ class MetricLogging(Callback):
         self._status = StatusLine(progress=progress)
         self._shown_step = 0
         self._arithmetic: Arithmetic | None = None
+        self._first_step, self._is_counted = 0, False
         self._num_pixels = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clocks; let a resumed CSV file forget the rows that will come again."""
-        self._shown_step = trainer.global_step
+        self._shown_step = self._first_step = trainer.global_step
         with failing_alike():
             for logger in trainer.loggers:
                 if isinstance(logger, CSVLog):
@@ -52,8 +55,12 @@ class MetricLogging(Callback):
         self._throughput.start(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Count the arithmetic of the first batch; the time for that is nobody's."""
-        if batch_idx or self._arithmetic is not None or not isinstance(pl_module, AdapterTraining):
+        """Count the arithmetic of a batch that begins an interval; the time for that is nobody's."""
+        step = trainer.global_step
+        if self._is_counted or step != self._shown_step or step < self._first_step + SETTLED_STEPS:
+            return
+        self._is_counted = True
+        if not isinstance(pl_module, AdapterTraining):
             return
         try:
             self._arithmetic = Arithmetic(pl_module, batch)
