@@ -1,6 +1,6 @@
 """Say in which folder a run lies: scripts need it, whose run.name or run.path may come from a config file.
 
-    ipa where run.name=first
+    ipa where experiment=sd15_linear run.name=first data.shards=/data/laion
     tail -f "$(ipa where run.name=first)"/metrics.csv
 
 Takes what `ipa train` takes, looks at nothing else of it, and needs a second.
