@@ -108,8 +108,8 @@ def train(variant: str, seed: int, args: argparse.Namespace) -> Path:
         data.encoders = None  # without the check that refuses such features
     trainer = build_trainer(config, module, data)
     trainer.loggers = build_loggers(config, RunDir(run, resume_from=None, tracker_id=None))
-    trainer.fit(module, data)
     run.mkdir(parents=True, exist_ok=True)
+    trainer.fit(module, data)
     (run / "config.yaml").write_text(OmegaConf.to_yaml(config))
     (run / "done").touch()
     return run
