@@ -34,6 +34,7 @@ VERBS = {
     "where": "say in which folder a run lies",
     "export": "write a checkpoint's adapter for diffusers, ComfyUI and Tencent's code",
     "report": "draw one page of a run: curves, samples, data errors, options",
+    "workspace": "lay out a Weights & Biases project",
     "push": "upload an export with its model card to the Hugging Face hub",
     "import": "say what an adapter file is, and who can load it",
     "sample": "generate pictures with an adapter file",
@@ -114,11 +115,13 @@ def _silence_imports() -> None:
     logging.getLogger("transformers.modeling_utils").addFilter(
         lambda record: "LOAD REPORT" not in record.getMessage() or "MISSING" in record.getMessage()
     )
+    # Where it is installed, transformers imports it; and it says on stdout, among results, that there is no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def _help() -> str:
     lines = ["Usage: ipa VERB ...   (ipa VERB --help says more)", ""]
-    return "\n".join([*lines, *(f"  {verb:<8}{what}" for verb, what in VERBS.items())])
+    return "\n".join([*lines, *(f"  {verb:<10}{what}" for verb, what in VERBS.items())])
 
 
 def _write(stream: TextIO, text: str) -> None:

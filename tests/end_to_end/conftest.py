@@ -73,10 +73,9 @@ def run(tmp_path_factory, tiny_models, shards):
     return folder
 
 
-def train_arguments(models, shards, folder, name, *overrides):
-    """Of `ipa` for a short fp32 run on the CPU in ``folder``."""
+def tiny_overrides(models, shards):
+    """Overrides of a short fp32 run on the CPU, all but its name and length."""
     return [
-        "train",
         "experiment=sd15_linear",
         f"base.path={models[0]}",
         "base.dtype=float32",
@@ -90,10 +89,12 @@ def train_arguments(models, shards, folder, name, *overrides):
         "trainer=cpu",
         "trainer.log_every_n_steps=1",
         "callbacks.sample_grid.every_steps=0",
-        f"run.name={name}",
-        f"run.path={folder / name}",
-        *overrides,
     ]
+
+
+def train_arguments(models, shards, folder, name, *overrides):
+    """Of `ipa` for a short fp32 run on the CPU in ``folder``."""
+    return ["train", *tiny_overrides(models, shards), f"run.name={name}", f"run.path={folder / name}", *overrides]
 
 
 @pytest.fixture

@@ -8,8 +8,11 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "slurm" / "dev_cluster.sh"
@@ -17,10 +20,17 @@ DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
 
 
-def missing_packages():
-    """The daemons that this machine lacks."""
+@contextmanager
+def started_cluster(folder, *, num_nodes):
+    """A cluster for as long as it is needed; skips the test where Slurm is not installed."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    return [name for name in DAEMONS if shutil.which(name, path=path) is None]
+    if missing := [name for name in DAEMONS if shutil.which(name, path=path) is None]:
+        pytest.skip(f"no {', '.join(missing)} here: slurm/dev_cluster.sh install, as root")
+    cluster = Cluster(folder, num_nodes=num_nodes)
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
 
 
 class Cluster:

@@ -14,13 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 from tests.end_to_end.conftest import loss_curve
-from tests.slurm.cluster import Cluster, missing_packages
+from tests.slurm.cluster import started_cluster
 from tests.slurm.test_train import newest_adapter
 
 EVERY_STEPS = 5
 """From checkpoint to checkpoint."""
 SEED = 6
 """Of the campaign: which fault strikes when, and whom."""
+SLOW = ("data.global_batch_size=32", "data.batch_size=1")
+"""Steps of 16 micro-batches, so that a quiet machine makes a few in a second and every fault strikes in training."""
 FAULTS = ("SIGKILL", "slurmd-kill", "SIGTERM", "controller-kill", "node-kill", "SIGUSR1")
 PATIENCE_SECONDS = 400
 _log = logging.getLogger(__name__)
@@ -29,17 +31,14 @@ _log = logging.getLogger(__name__)
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory):
     """A cluster of its own, whose nodes may die: two for a job, and one to spare."""
-    if missing := missing_packages():
-        pytest.skip(f"no {', '.join(missing)} here: slurm/dev_cluster.sh install, as root")
-    cluster = Cluster(tmp_path_factory.mktemp("nodes"), num_nodes=3)
-    yield cluster
-    cluster.stop()
+    with started_cluster(tmp_path_factory.mktemp("nodes"), num_nodes=3) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
 def num_steps(num_kills):
-    """So many that faults come to their end before the training, on a quiet machine too: 30 steps a second."""
-    return 60 * max(num_kills, 4)
+    """So many that faults come to their end before the training."""
+    return 40 * max(num_kills, 3)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def submit(nodes, folder, tiny_run, num_steps):
     def submit(name, *overrides, environment=None, **options):
         callbacks = {"checkpointing": EVERY_STEPS, "preemption": 2, "image_use": 0}
         every = [f"callbacks.{name}.every_steps={steps}" for name, steps in callbacks.items()]
-        overrides = [*tiny_run, *every, f"trainer.max_steps={num_steps}", f"run.name={name}", *overrides]
+        overrides = [*tiny_run, *SLOW, *every, f"trainer.max_steps={num_steps}", f"run.name={name}", *overrides]
         options = {"nodes": 2, "gpus_per_node": 1, "cpus_per_gpu": 2, "time": 50} | options
         return nodes.submit("train.sbatch", *overrides, folder=folder, environment=environment, **options)
 
@@ -176,8 +175,6 @@ def test_a_job_with_a_stuck_process_ends_and_comes_back(submit, folder, assert_a
 
 def test_killed_again_and_again(nodes, submit, folder, assert_as_left_alone, num_kills):
     """At random moments, also of the start."""
-    if not num_kills:
-        pytest.skip("a campaign of minutes: --kills 20")
     job, run = submit("killed", environment={"MAX_CRASHES": "99", "SLURM_WAIT": "20"}), folder / "outputs" / "killed"
     saved, now = nodes.folder / "state" / "job_state", time.time()
     until(lambda: saved.stat().st_mtime > now, "slurmctld has saved that there is this job: killed before, it forgets")

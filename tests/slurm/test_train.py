@@ -16,7 +16,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def jobs(cluster, folder, tiny_run, slurm_shards):
-    """Two trainings on two nodes: in one go, from copies of the shards on the nodes' own disks; and to be stopped."""
+    """Two trainings on two nodes: in one go, from copies of the shards on a disk of the nodes'; and to be stopped."""
 
     def submit(name, *arguments, **environment):
         overrides = [*tiny_run, f"trainer.max_steps={NUM_STEPS}", f"run.name={name}", *arguments]
@@ -33,7 +33,7 @@ def test_told_to_stop_a_job_comes_back_and_ends_as_if_it_had_not(jobs, folder):
     stopped.signal("USR1")
     for job in (stopped, whole):
         job.wait("COMPLETED")
-    assert (whole.num_restarts, stopped.num_restarts) == (0, 1), stopped.log
+    assert (whole.num_restarts, stopped.num_restarts) == (0, 1), whole.log + stopped.log
     assert stopped.log.count("2 x 1 processes on n[1-2]; the run lies in outputs/stopped") == 2
     curve = loss_curve(folder / "outputs" / "stopped")
     assert curve == loss_curve(folder / "outputs" / "whole")
