@@ -12,7 +12,7 @@ from ipa_train.cli.main import main
 from ipa_train.eval.distribution import Distances
 from ipa_train.eval.summary import AtScale, Mean, Summary
 from tests.data.conftest import picture
-from tests.end_to_end.hub_server import hub_server
+from tests.end_to_end.hub_server import Hub
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_wrong_options_write_nothing(options, line, run, tmp_path, capfd):
 
 
 def test_a_dry_run_names_everything_and_uploads_nothing(push, card_folder):
-    with hub_server() as hub:
+    with Hub().running() as hub:
         status, output, errors = push("--dry-run", hub=hub)
         assert not hub.repos
     assert status == 0, errors
@@ -132,7 +132,7 @@ def test_a_dry_run_names_everything_and_uploads_nothing(push, card_folder):
 
 
 def test_what_is_uploaded_is_the_folder(push, card_folder):
-    with hub_server() as hub:
+    with Hub().running() as hub:
         status, output, errors = push("--private", hub=hub)
         assert status == 0, errors
         assert f"{hub.url}/me/mine/commit/" in output
@@ -142,7 +142,7 @@ def test_what_is_uploaded_is_the_folder(push, card_folder):
 
 
 def test_one_line_for_what_the_hub_refuses_and_for_what_is_missing(push, card_folder, tmp_path, capfd, monkeypatch):
-    with hub_server() as hub:
+    with Hub().running() as hub:
         hub.refuses = True
         status, _, errors = push(hub=hub)
     assert (status, errors.count("\n")) == (2, 1), errors

@@ -6,7 +6,7 @@ import pytest
 
 from ipa_train.cli.main import main
 from ipa_train.training.callbacks.image_use import ImageUse
-from tests.end_to_end.wandb_server import wandb_server
+from tests.end_to_end.wandb_server import Dashboards
 
 ELSEWHERE = {"val/clip_i", "val/clip_t", "val/dino", "perf/tflops", "perf/mfu"}
 """Logged with models to score by, after ten steps, and on a GPU."""
@@ -15,7 +15,7 @@ OF_SEVERAL_RANKS = {"perf/straggler_fraction", "perf/slowest_rank"}
 
 @pytest.fixture
 def server(monkeypatch):
-    with wandb_server() as server:
+    with Dashboards().running() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         yield server
