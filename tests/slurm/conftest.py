@@ -26,3 +26,9 @@ def slurm_shards(tmp_path_factory):
 def tiny_run(tiny_models, slurm_shards):
     """Overrides of a short run on the cluster."""
     return tiny_overrides(tiny_models, slurm_shards)
+
+
+@pytest.fixture(scope="session")
+def slow_run(tiny_run):
+    """The same with 16 micro-batches in a step: even a quiet machine makes few in a second, so faults come in time."""
+    return [*tiny_run, "data.global_batch_size=32", "data.batch_size=1"]

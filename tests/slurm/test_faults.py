@@ -21,8 +21,6 @@ EVERY_STEPS = 5
 """From checkpoint to checkpoint."""
 SEED = 6
 """Of the campaign: which fault strikes when, and whom."""
-SLOW = ("data.global_batch_size=32", "data.batch_size=1")
-"""Steps of 16 micro-batches, so that a quiet machine makes a few in a second and every fault strikes in training."""
 FAULTS = ("SIGKILL", "slurmd-kill", "SIGTERM", "controller-kill", "node-kill", "SIGUSR1")
 PATIENCE_SECONDS = 400
 _log = logging.getLogger(__name__)
@@ -47,13 +45,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def submit(nodes, folder, tiny_run, num_steps):
+def submit(nodes, folder, slow_run, num_steps):
     """A function from a run's name to a job over two nodes."""
 
     def submit(name, *overrides, environment=None, **options):
         callbacks = {"checkpointing": EVERY_STEPS, "preemption": 2, "image_use": 0}
         every = [f"callbacks.{name}.every_steps={steps}" for name, steps in callbacks.items()]
-        overrides = [*tiny_run, *SLOW, *every, f"trainer.max_steps={num_steps}", f"run.name={name}", *overrides]
+        overrides = [*slow_run, *every, f"trainer.max_steps={num_steps}", f"run.name={name}", *overrides]
         options = {"nodes": 2, "gpus_per_node": 1, "cpus_per_gpu": 2, "time": 50} | options
         return nodes.submit("train.sbatch", *overrides, folder=folder, environment=environment, **options)
 

@@ -1,5 +1,11 @@
 """Trainings over two nodes by slurm/train.sbatch, as it is."""
 
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,16 +21,22 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def jobs(cluster, folder, tiny_run, slurm_shards):
-    """Two trainings on two nodes: in one go, from copies of the shards on a disk of the nodes'; and to be stopped."""
+def submit(cluster, folder, slow_run):
+    """A function from a run's name to a job over two nodes."""
 
-    def submit(name, *arguments, **environment):
-        overrides = [*tiny_run, f"trainer.max_steps={NUM_STEPS}", f"run.name={name}", *arguments]
+    def submit(name, *overrides, environment=None, **options):
+        overrides = [*slow_run, f"trainer.max_steps={NUM_STEPS}", f"run.name={name}", *overrides]
         resources = {"nodes": 2, "gpus_per_node": 1, "cpus_per_gpu": 2}
-        return cluster.submit("train.sbatch", *overrides, folder=folder, environment=environment, **resources)
+        return cluster.submit("train.sbatch", *overrides, folder=folder, environment=environment, **resources | options)
 
+    return submit
+
+
+@pytest.fixture(scope="module")
+def jobs(submit, folder, slurm_shards):
+    """Two trainings: in one go, from copies of the shards on a disk of the nodes'; and to be stopped."""
     staged = {"STAGE": str(slurm_shards), "LOCAL_DISK": str(folder / "disk")}
-    return {"whole": submit("whole", "data.shards=elsewhere", **staged), "stopped": submit("stopped")}
+    return {"whole": submit("whole", "data.shards=elsewhere", environment=staged), "stopped": submit("stopped")}
 
 
 def test_told_to_stop_a_job_comes_back_and_ends_as_if_it_had_not(jobs, folder):
@@ -46,6 +58,29 @@ def test_copies_on_the_nodes_are_removed(jobs, folder):
     jobs["whole"].wait("COMPLETED")
     assert "copying" in jobs["whole"].log
     assert list((folder / "disk").iterdir()) == []
+
+
+def test_at_its_time_limit_a_job_comes_back(submit, folder):
+    job = submit("limited", time=2, signal="USR1@10")
+    job.wait_for_log(r"step 2/")
+    ranks = job.ranks()
+    for rank in ranks:  # until the signal is there, so that it comes in training
+        os.kill(rank.pid, signal.SIGSTOP)
+    end = time.monotonic() + 120
+    while not all(is_pending(signal.SIGUSR1, rank.pid) for rank in ranks):
+        assert time.monotonic() < end, job.log
+        time.sleep(0.1)
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGCONT)
+    job.wait("COMPLETED")
+    assert job.num_restarts == 1, job.log
+    assert "told to stop: saving a checkpoint" in job.log
+    assert list(loss_curve(folder / "outputs" / "limited")) == list(range(1, NUM_STEPS + 1))
+
+
+def is_pending(signum, pid):
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"^ShdPnd:\s*(\w+)", status, re.MULTILINE)[1], 16) >> (signum - 1) & 1
 
 
 def newest_adapter(run):
