@@ -35,7 +35,7 @@ tqdm.set_lock(threading.RLock())
 
 def pytest_addoption(parser):
     parser.addoption("--write-table", action="store_true", help="write what tests/compatibility finds into the docs")
-    parser.addoption("--kills", type=int, default=6, help="faults in a row in tests/slurm/test_faults.py")
+    parser.addoption("--kills", type=int, default=4, help="faults in a row in tests/slurm/test_faults.py")
 
 
 @pytest.fixture(scope="session")

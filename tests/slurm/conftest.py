@@ -30,5 +30,5 @@ def tiny_run(tiny_models, slurm_shards):
 
 @pytest.fixture(scope="session")
 def slow_run(tiny_run):
-    """The same with 16 micro-batches in a step: even a quiet machine makes few in a second, so faults come in time."""
-    return [*tiny_run, "data.global_batch_size=32", "data.batch_size=1"]
+    """The same with 6 micro-batches in a step: few steps in a second on a quiet machine too, so faults come in time."""
+    return [*tiny_run, "data.global_batch_size=12", "data.batch_size=1"]

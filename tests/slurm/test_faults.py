@@ -36,7 +36,7 @@ def nodes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def num_steps(num_kills):
     """So many that faults come to their end before the training."""
-    return 40 * max(num_kills, 3)
+    return 45 * max(num_kills, 4)
 
 
 @pytest.fixture(scope="module")
