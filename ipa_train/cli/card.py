@@ -7,10 +7,9 @@ from typing import Any
 import yaml
 
 from ipa_train.errors import CheckpointError
-from ipa_train.eval.summary import Summary
+from ipa_train.eval.summary import SCORES, Summary
 from ipa_train.export.card import Scores
 
-_SCORES = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "dino": "DINO"}
 _PROTOCOL = (
     "By `ipa eval`: {data_set}; {num_pictures:,} image prompts, {num_samples} samples each, {text}; {sampler}, "
     "{num_inference_steps} steps, guidance {guidance_scale:g}, seed {seed}; by CLIP {clip}, DINO {dino}, for FID "
@@ -57,7 +56,7 @@ def read_scores(folder: Path) -> Scores:
         ConfigError: there are no finished ones.
     """
     summary = Summary.read(folder)
-    names = [name for name in _SCORES if name in summary.by_scale[0].scores]
+    names = [name for name in SCORES if name in summary.by_scale[0].scores]
     distances = summary.by_scale[0].distances is not None
     rows = []
     for found in summary.by_scale:
@@ -68,7 +67,7 @@ def read_scores(folder: Path) -> Scores:
         rows.append(row + ([f"{found.distances.fid:.2f}"] if found.distances is not None else []))
     facts = summary.facts | {"num_pictures": summary.num_pictures, "sampler": summary.sampler}
     text = "image prompt and caption" if facts["text"] == "caption" else "image prompt alone"
-    columns = ["scale", *(_SCORES[name] for name in names), *(["FID"] if distances else [])]
+    columns = ["scale", *(SCORES[name] for name in names), *(["FID"] if distances else [])]
     return Scores(_PROTOCOL.format_map(facts | {"text": text}), columns, rows)
 
 

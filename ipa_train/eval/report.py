@@ -28,7 +28,6 @@ _PAPER_PROTOCOL = (
     "resizing and choice of captions were never published, so small differences mean nothing; to compare with "
     "Tencent's adapter, evaluate its file by this same command and add it with --compare."
 )
-_NAMES = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "dino": "DINO"}
 _MEANINGS = {
     "clip_i": "cosine of CLIP's embeddings of picture and image prompt",
     "clip_t": "CLIPScore of picture and caption, 2.5 &times; cosine",
@@ -86,14 +85,14 @@ def _text(summary: Summary) -> str:
 def _tiles(shown: AtScale, summary: Summary) -> Iterator[tuple[str, str]]:
     for name, mean in shown.scores.items():
         spread = "" if mean.ci95 is None else f" &plusmn; {mean.ci95:.3f}"
-        yield f"{mean.mean:.3f}", f"{_NAMES[name]}{spread} at &lambda; = {shown.scale:g}"
+        yield f"{mean.mean:.3f}", f"{SCORES[name]}{spread} at &lambda; = {shown.scale:g}"
     if shown.distances:
         yield f"{shown.distances.fid:.2f}", f"FID at &lambda; = {shown.scale:g}, over {_network(summary)}"
     yield f"{summary.num_pictures:,}", "image prompts"
 
 
 def _explain(shown: AtScale) -> str:
-    parts = [f"{_NAMES[name]}: {_MEANINGS[name]}." for name in shown.scores]
+    parts = [f"{SCORES[name]}: {_MEANINGS[name]}." for name in shown.scores]
     if parts:
         parts.append("&plusmn; is half of a 95 % interval over image prompts.")
     if shown.distances:
@@ -109,7 +108,7 @@ def _network(summary: Summary) -> str:
 def _draw_table(results: Mapping[Path, Summary]) -> str:
     summary = next(iter(results.values()))
     distances = summary.by_scale[0].distances is not None
-    head = ["method", "&lambda;", *(_NAMES[name] for name in SCORES)]
+    head = ["method", "&lambda;", *SCORES.values()]
     head += [f"{name} over {_network(summary)}" for name in ("FID", "KID &times; 10&sup3;") if distances]
     rows = [_head(head)]
     for folder, result in results.items():
@@ -154,7 +153,7 @@ def _draw_curves(results: Mapping[Path, Summary]) -> Iterator[str]:
             means = [row.scores[score] for row in result.by_scale]
             points = [(row.scale, mean.mean) for row, mean in zip(result.by_scale, means, strict=True)]
             lines.append(Line(folder.name, points, [mean.ci95 or 0.0 for mean in means]))
-        yield _card(_NAMES[score], lines)
+        yield _card(SCORES[score], lines)
     if summary.by_scale[0].distances:
         lines = [
             Line(folder.name, [(row.scale, row.distances.fid) for row in result.by_scale if row.distances])
@@ -178,8 +177,8 @@ def _draw_cases(parts: Parts, shown: AtScale) -> Iterator[str]:
     order = [picture for picture in parts.pictures if picture.id in means]
     number = min(_NUM_SHOWN, max(1, len(ranked) // 2))
     groups = {
-        f"Best by {_NAMES[score]}": ranked[:number],
-        f"Worst by {_NAMES[score]}": ranked[::-1][:number],
+        f"Best by {SCORES[score]}": ranked[:number],
+        f"Worst by {SCORES[score]}": ranked[::-1][:number],
         "Not chosen: the first by id": [picture.id for picture in order[:number]],
     }
     for title, ids in groups.items():
@@ -193,7 +192,7 @@ def _draw_case(parts: Parts, id_: str, shown: AtScale) -> str:
     rows = [row for row in parts.read(place // PICTURES_PER_PART, *SCORES, "thumbnail") if row.id == id_]
     drawn = [row for row in rows if row.scale in (None, shown.scale)][:6]
     images = "".join(f"<span>{draw_jpeg(row.thumbnail, alt=_label(row))}</span>" for row in drawn)
-    scores = " &middot; ".join(f"{_NAMES[name]} {mean_by_picture(drawn[1:], name)[id_]:.3f}" for name in shown.scores)
+    scores = " &middot; ".join(f"{SCORES[name]} {mean_by_picture(drawn[1:], name)[id_]:.3f}" for name in shown.scores)
     caption = escape(picture.caption)
     return (
         f'<div class="card case"><div class="row">{images}</div><div class="caption" title="{caption}">{caption}</div>'

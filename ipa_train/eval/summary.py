@@ -17,7 +17,8 @@ from ipa_train.eval.parts import Parts, Row
 from ipa_train.eval.protocol import comparable
 from ipa_train.runtime.files import atomic_write
 
-SCORES = ("clip_i", "clip_t", "dino")
+SCORES = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "dino": "DINO"}
+"""By the names that they have in tables, what readers call them."""
 SUMMARY, TABLE = "summary.json", "pictures.parquet"
 
 
