@@ -133,7 +133,7 @@ def _draw_charts(curves: Mapping[str, Curve], group: str) -> Iterator[str]:
         if match := _QUARTER.search(name):
             quarters.setdefault(name.removesuffix(match[0]), {})[f"t{match[1]}"] = curves[name]
     whole = [name for name in names if not _QUARTER.search(name)]
-    for name in sorted(whole, key=lambda name: name not in _FIRST):
+    for name in [*(name for name in _FIRST if name in whole), *(name for name in whole if name not in _FIRST)]:
         yield _draw_chart(name, {name: curves[name]})
     for name, family in quarters.items():
         yield _draw_chart(f"{name}, by timestep (t0: least noise)", family)

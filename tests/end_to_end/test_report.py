@@ -82,6 +82,13 @@ def test_a_run_that_has_logged_nothing_yet_has_a_page(run, page_of, tmp_path):
     assert "No metrics are logged yet." in page_of(tmp_path).text
 
 
+def test_what_is_learnt_stands_first(run, page_of, tmp_path):
+    for name in ("config.yaml", "versions.json"):
+        shutil.copy(run / name, tmp_path / name)
+    (tmp_path / "metrics.csv").write_text("step,train/grad_norm,train/loss,val/gap_none,val/gap_other\n1,1,2,3,4\n")
+    assert page_of(tmp_path).titles == ["val/gap_other", "val/gap_none", "train/loss", "train/grad_norm"]
+
+
 def test_long_curves_are_thinned_to_means(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("step,a,b,a_ci\n" + "".join(f"{i},{i % 2},{'' if i % 10 else i},0.5\n" for i in range(1, 1201)))
