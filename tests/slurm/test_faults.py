@@ -59,13 +59,13 @@ def submit(nodes, folder, slow_run, num_steps):
 
 
 @pytest.fixture(scope="module")
-def array(submit, folder):
+def array(submit, folder, num_steps):
     """Two trainings: one that nothing happens to, and one that is told to stop. Both have ended."""
     array = submit("element-${oc.env:SLURM_ARRAY_TASK_ID}", array="0-1")
     reach(folder / "outputs" / "element-1", 2)
     array.element(1).signal("USR1")
     for index in range(2):
-        array.element(index).wait(seconds=PATIENCE_SECONDS)
+        array.element(index).wait(seconds=PATIENCE_SECONDS + num_steps)  # two at once are slow
     return array
 
 
