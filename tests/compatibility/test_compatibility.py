@@ -1,4 +1,4 @@
-"""Every combination trains, resumes to the bit, exports, and draws in diffusers what it draws here."""
+"""Every combination trains, resumes to the bit, tells of its image use, exports, and draws in diffusers as here."""
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ from ipa_train.export.warm_start import image_encoder_of
 from tests.compatibility.conftest import EMBEDDING_DIM
 from tests.compatibility.rows import BASELINES, ROWS, Finding, table_rows
 from tests.official import WIDTHS, official_denoiser, official_sites
+
+MEASURED = [f"callbacks.image_use.{option}" for option in ("every_steps=2", "num_samples=8", "batch_size=4")]
 
 
 @pytest.fixture
@@ -61,8 +63,9 @@ def assert_same(a, b):
 @pytest.mark.parametrize("row", [*ROWS, *BASELINES], ids=str)
 def test_row(row, overrides, tmp_path, capfd, findings, request):
     options = overrides(row)
-    whole = trained(tmp_path, "whole", options, 3)
+    whole = trained(tmp_path, "whole", [*options, *MEASURED], 3)
     parts = trained(tmp_path, "parts", options, 1, 3)
+    assert "val/gap_other" in (tmp_path / "whole" / "metrics.csv").read_text()
     assert_same(load_file(parts / "adapter.safetensors"), load_file(whole / "adapter.safetensors"))
 
     out = tmp_path / "exported"
