@@ -8,11 +8,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from ipa_train.data.decode import decode_image
+from ipa_train.data.decode import MAX_PIXELS_OF_ONE, decode_image
 from ipa_train.data.embedding import read_embedding
 from ipa_train.errors import ConfigError, DataError
-
-_MAX_PIXELS = 200_000_000
 
 
 def read_picture(path: Path, name: str) -> Image.Image:
@@ -22,7 +20,7 @@ def read_picture(path: Path, name: str) -> Image.Image:
         ConfigError: it cannot be read.
     """
     try:
-        return decode_image(path.read_bytes(), max_pixels=_MAX_PIXELS)
+        return decode_image(path.read_bytes(), max_pixels=MAX_PIXELS_OF_ONE)
     except (OSError, DataError) as error:
         raise ConfigError(f"{name}: no picture that can be read: {error}.") from error
 

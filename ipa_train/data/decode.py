@@ -25,6 +25,8 @@ from ipa_train.errors import ConfigError, DataError
 
 MAX_PIXELS = 50_000_000
 """What training takes unless data.max_pixels says otherwise."""
+MAX_PIXELS_OF_ONE = 200_000_000
+"""Of a picture that a user names by itself."""
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _EXIF_SEARCH_BYTES = 65_536
 _EXIF_ORIENTATION = 0x0112

@@ -8,7 +8,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from ipa_train.data.decode import decode_image
+from ipa_train.data.decode import MAX_PIXELS_OF_ONE, decode_image
 from ipa_train.errors import ConfigError, DataError
 from ipa_train.eval.captions import CaptionedPicture
 from ipa_train.eval.distribution import FeatureNetwork
@@ -17,7 +17,6 @@ from ipa_train.eval.parts import Notes, Row
 from ipa_train.eval.pipeline import AdapterPipeline, to_pixels
 from ipa_train.eval.protocol import Protocol
 
-_MAX_PIXELS = 200_000_000
 _THUMBNAIL_SIZE = 256  # pixels of the longer side
 _JPEG_QUALITY = 85
 
@@ -54,7 +53,7 @@ class Evaluation:
         left_out: list[str] = []
         for picture in pictures:
             try:
-                image_prompt = decode_image(picture.path.read_bytes(), max_pixels=_MAX_PIXELS)
+                image_prompt = decode_image(picture.path.read_bytes(), max_pixels=MAX_PIXELS_OF_ONE)
             except (OSError, DataError) as error:
                 reason = f"{picture.path.name}: {getattr(error, 'strerror', None) or error}"
                 if not self.allow_missing:
